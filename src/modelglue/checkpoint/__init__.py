@@ -1,0 +1,39 @@
+"""Floor 1: everything with named weights is a `Checkpoint`; here they are opened, composed and written."""
+
+from modelglue.checkpoint.folder import SafetensorsCheckpoint
+from modelglue.checkpoint.merged import Constant, MergedCheckpoint, MergeFunction, ParameterSource, Round
+from modelglue.checkpoint.protocol import FLOATING, ITEM_SIZE, Checkpoint, TensorInfo
+from modelglue.checkpoint.reference import open_checkpoint
+from modelglue.checkpoint.staging import json_bytes, staged, write_bytes_atomic, write_json_atomic
+from modelglue.checkpoint.tensors import STORE_DTYPES, TensorsCheckpoint, dtype_name, torch_dtype
+from modelglue.checkpoint.views import JoinedCheckpoint, RenamedCheckpoint
+from modelglue.checkpoint.writer import RECIPE_FILE, Plan, SaveReport, plan_output, save
+
+__all__ = [
+    "FLOATING",
+    "ITEM_SIZE",
+    "RECIPE_FILE",
+    "STORE_DTYPES",
+    "Checkpoint",
+    "Constant",
+    "JoinedCheckpoint",
+    "MergeFunction",
+    "MergedCheckpoint",
+    "ParameterSource",
+    "Plan",
+    "RenamedCheckpoint",
+    "Round",
+    "SafetensorsCheckpoint",
+    "SaveReport",
+    "TensorInfo",
+    "TensorsCheckpoint",
+    "dtype_name",
+    "json_bytes",
+    "open_checkpoint",
+    "plan_output",
+    "save",
+    "staged",
+    "torch_dtype",
+    "write_bytes_atomic",
+    "write_json_atomic",
+]

@@ -1,0 +1,222 @@
+"""A model folder in safetensors: one file or shards, with or without an index, mapped and never copied."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from modelglue.checkpoint.header import Entry, read_header
+from modelglue.checkpoint.identity import content_identity
+from modelglue.checkpoint.protocol import Checkpoint, TensorInfo
+from modelglue.checkpoint.tensors import torch_dtype
+from modelglue.errors import CheckpointError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+#: side files that the output of a merge needs to load and to convert elsewhere
+SIDE_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json", "LICENSE", "LICENSE.txt",
+)  # fmt: skip
+
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+_SHARED_BLOBS = "blobs"
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """The tensors of a folder (or of one .safetensors file). Opening reads headers only.
+
+    Reading returns a view of the mapped file: no private memory, and the page cache is shared with every other process
+    that maps the same file.
+    """
+
+    def __init__(self, path: Path, reference: str | None = None) -> None:
+        self._path = path
+        self._reference = reference or str(path)
+        self._shards = _find_shards(path)
+        self._where: dict[str, tuple[int, Entry]] = {}
+        for number, shard in enumerate(self._shards):
+            for name, entry in read_header(shard).items():
+                if name in self._where:
+                    other = self._shards[self._where[name][0]]
+                    raise CheckpointError(f"{shard}: tensor '{name}' stands in {other.name} as well. Remove one of the shards.")
+                self._where[name] = (number, entry)
+        _check_index(path, self._shards, {name: self._shards[number].name for name, (number, _) in self._where.items()})
+        self._names = tuple(sorted(self._where))
+        self._maps: dict[int, mmap.mmap] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    def __repr__(self) -> str:
+        return f"SafetensorsCheckpoint({self._reference!r})"
+
+    @property
+    def path(self) -> Path:
+        """The folder (or file) on disk."""
+        return self._path
+
+    def names(self) -> Sequence[str]:
+        return self._names
+
+    def info(self, name: str) -> TensorInfo:
+        return self._find(name)[1].info
+
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        import torch
+
+        number, entry = self._find(name)
+        item = entry.info.nbytes // entry.info.numel if entry.info.numel else 1
+        stop = entry.info.numel if stop is None else stop
+        dtype = torch_dtype(entry.info.dtype)
+        if stop <= start:
+            view = torch.empty(0, dtype=dtype)
+        else:
+            offset = entry.begin + start * item
+            if offset % item:  # legal in foreign files; a view needs aligned elements
+                data = bytearray(self._map(number)[offset : offset + (stop - start) * item])
+                view = torch.frombuffer(data, dtype=dtype)
+            else:
+                view = torch.frombuffer(self._map(number), dtype=dtype, count=stop - start, offset=offset)
+        return view if out is None else out.copy_(view)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:  # type: ignore[override]
+        path = self._path / "config.json"
+        if not self._path.is_dir() or not path.is_file():
+            return {}
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: is not valid JSON ({error}). Restore the model's config.") from error
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path}: holds {type(value).__name__}, allowed is a JSON object.")
+        return value
+
+    @cached_property
+    def files(self) -> Mapping[str, Path]:  # type: ignore[override]
+        if not self._path.is_dir():
+            return {}
+        return {name: self._path / name for name in SIDE_FILES if (self._path / name).is_file()}
+
+    @cached_property
+    def identity(self) -> str:  # type: ignore[override]
+        return content_identity(self, self.stamp)
+
+    @cached_property
+    def stamp(self) -> str:  # type: ignore[override]
+        paths = [*self._shards, *self.files.values()]
+        if (self._path / "config.json").is_file():
+            paths.append(self._path / "config.json")
+        lines = []
+        for path in paths:
+            status = path.stat()
+            lines.append(f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}")
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        return {"model": self._reference}
+
+    def _find(self, name: str) -> tuple[int, Entry]:
+        try:
+            return self._where[name]
+        except KeyError:
+            raise CheckpointError(f"{self._path}: has no tensor '{name}'.{did_you_mean(name, self._names)}") from None
+
+    def _map(self, number: int) -> mmap.mmap:
+        if number not in self._maps:
+            with self._shards[number].open("rb") as stream:
+                # A private mapping: torch wants a writable buffer, and a stray write could never reach the file.
+                self._maps[number] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[number]
+
+
+def _find_shards(path: Path) -> list[Path]:
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path}: is not a .safetensors file. Give a model folder or a .safetensors file.")
+        return [path]
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return [_inside(path, name, index) for name in sorted(set(_weight_map(index).values()))]
+    found = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_"))
+    if (path / "model.safetensors") in found:
+        return [path / "model.safetensors"]
+    if not found:
+        raise _no_weights(path)
+    numbered = [_SHARD.fullmatch(file.name) for file in found]
+    if len(found) == 1 and numbered[0] is None:
+        return found
+    if any(match is None for match in numbered):
+        raise CheckpointError(
+            f"{path}: holds several .safetensors files and no index: {', '.join(file.name for file in found)}. "
+            "Keep one model per folder, or add model.safetensors.index.json."
+        )
+    total = {int(match["total"]) for match in numbered if match}
+    present = {int(match["number"]) for match in numbered if match}
+    if len(total) != 1 or present != set(range(1, max(total) + 1)):
+        missing = sorted(set(range(1, max(total) + 1)) - present)
+        raise CheckpointError(f"{path}: shard {missing} of {max(total)} is missing. Fetch the model again.")
+    return found
+
+
+def _no_weights(path: Path) -> CheckpointError:
+    legacy = sorted(file.name for file in [*path.glob("*.bin"), *path.glob("*.pt")])
+    if legacy:
+        return CheckpointError(
+            f"{path}: holds {legacy[0]} and no .safetensors. Reading pickled weights is not supported yet; convert the model first."
+        )
+    if (path / "adapter_model.safetensors").is_file():
+        return CheckpointError(f"{path}: is an adapter, not a model. Fold it into its base first.")
+    return CheckpointError(f"{path}: holds no .safetensors file. Give the folder of a model.")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: is not an index with a weight_map ({error!r}). Fetch the model again.") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has an empty or malformed weight_map. Fetch the model again.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise CheckpointError(f"{index}: tensor '{name}' points to {file!r}, allowed is a file name. Fetch the model again.")
+    return weight_map
+
+
+def _inside(folder: Path, name: str, index: Path) -> Path:
+    """The shard `name` of `folder`; no index may lead out of its folder (the hub cache's links to its blobs may)."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
+        raise CheckpointError(f"{index}: names the shard '{name}', which is not a .safetensors file of this folder.")
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"{index}: names the shard '{name}', which does not exist. Fetch the model again.")
+    real = path.resolve()
+    if not real.is_relative_to(folder.resolve()) and real.parent.name != _SHARED_BLOBS:
+        raise CheckpointError(f"{index}: the shard '{name}' is a link that leaves the folder, to {real}.")
+    return path
+
+
+def _check_index(path: Path, shards: Sequence[Path], found: Mapping[str, str]) -> None:
+    index = path / "model.safetensors.index.json"
+    if not path.is_dir() or not index.is_file():
+        return
+    claimed = _weight_map(index)
+    for name, file in claimed.items():
+        if found.get(name) != file:
+            place = f"stands in {found[name]}" if name in found else "stands in no shard"
+            raise CheckpointError(f"{index}: tensor '{name}' should stand in {file}, but {place}. Fetch the model again.")
+    for name, file in found.items():
+        if name not in claimed:
+            raise CheckpointError(f"{index}: does not list tensor '{name}' of {file}. Fetch the model again.")

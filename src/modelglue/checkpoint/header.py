@@ -1,0 +1,115 @@
+"""The header of a safetensors file, believed only after it has been checked against the file it stands in.
+
+Layout: 8 bytes little-endian length, a JSON object {name: {dtype, shape, data_offsets}}, then the tensors' bytes. Nothing is
+allocated on the header's word: every claim is compared with the size of the file first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelglue.checkpoint.protocol import ITEM_SIZE, TensorInfo
+from modelglue.errors import CheckpointError
+
+#: the format's own limit on the header
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file: what it is and where its bytes stand (absolute offsets in the file)."""
+
+    info: TensorInfo
+    begin: int
+    end: int
+
+
+def read_header(path: Path) -> Mapping[str, Entry]:
+    """Parse and check the header of `path`. Reads 8 bytes plus the header. Raises CheckpointError naming file and tensor."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            prefix = stream.read(8)
+            if len(prefix) < 8:
+                raise _bad(path, f"is {size} bytes long, too short for a safetensors file (at least 10)")
+            length = int.from_bytes(prefix, "little")
+            if length > MAX_HEADER_BYTES:
+                raise _bad(path, f"claims a header of {length:,} bytes; the format allows {MAX_HEADER_BYTES:,}")
+            if length > size - 8:
+                raise _bad(path, f"claims a header of {length:,} bytes, but the whole file has {size:,}")
+            text = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from error
+    entries = {
+        name: _entry(path, name, value, 8 + length, size)
+        for name, value in _parse(path, text).items()
+        if name != "__metadata__"
+    }
+    _check_coverage(path, entries, 8 + length, size)
+    return entries
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    if not text.startswith(b"{"):
+        raise _bad(path, "has a header that does not start with '{'")
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(path, pairs))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise _bad(path, f"has a header that is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise _bad(path, "has a header that is not a JSON object")
+    return value
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _bad(path, f"names '{twice}' twice in its header")
+    return value
+
+
+def _entry(path: Path, name: str, value: Any, data_start: int, size: int) -> Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise _bad(path, "needs exactly dtype, shape and data_offsets", name)
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
+        raise _bad(path, f"has dtype {dtype!r}; known are {', '.join(ITEM_SIZE)}", name)
+    if not isinstance(shape, list) or not all(_is_count(n) for n in shape):
+        raise _bad(path, f"has shape {shape!r}; allowed is a list of whole numbers from 0", name)
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
+        raise _bad(path, f"has data_offsets {offsets!r}; allowed are two whole numbers", name)
+    begin, end = offsets
+    if begin > end or data_start + end > size:
+        raise _bad(path, f"stands at bytes {begin:,} to {end:,}, but the file holds {size - data_start:,} bytes of data", name)
+    info = TensorInfo(tuple(shape), dtype)
+    if info.nbytes != end - begin:
+        raise _bad(path, f"has shape {shape} in {dtype}, that is {info.nbytes:,} bytes, but its offsets span {end - begin:,}", name)
+    return Entry(info, data_start + begin, data_start + end)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _check_coverage(path: Path, entries: Mapping[str, Entry], data_start: int, size: int) -> None:
+    """The tensors must fill the data part exactly: bytes that belong to nobody, or to two, hide something."""
+    position = data_start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin < position:
+            raise _bad(path, "overlaps the tensor before it", name)
+        if entry.begin > position:
+            raise _bad(path, f"leaves a hole of {entry.begin - position:,} bytes before it", name)
+        position = entry.end
+    if position != size:
+        raise _bad(path, f"ends with {size - position:,} bytes that belong to no tensor")
+
+
+def _bad(path: Path, what: str, name: str | None = None) -> CheckpointError:
+    tensor = f"tensor '{name}' " if name is not None else ""
+    return CheckpointError(f"{path}: {tensor}{what}. The file is damaged or hostile; fetch or write it again.")

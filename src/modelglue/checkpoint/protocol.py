@@ -1,0 +1,112 @@
+"""What every floor above knows of weights: a `Checkpoint`, a lazily read, immutable mapping from tensor name to tensor.
+
+Dtypes are written as safetensors writes them ("BF16", "F32", ...), so that planning a merge needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+#: bytes of one element of every dtype that the safetensors format knows and we store
+ITEM_SIZE: Mapping[str, int] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+#: dtypes that a merge may compute with; everything else is copied or refused by name
+FLOATING: frozenset[str] = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Shape and dtype of one tensor, known without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEM_SIZE[self.dtype]
+
+
+class Checkpoint(ABC):
+    """A model on disk or an expression over models; nothing is computed until somebody reads it.
+
+    Implementations are immutable and picklable (a worker process gets the expression and maps the files itself).
+    """
+
+    @abstractmethod
+    def names(self) -> Sequence[str]:
+        """All tensor names, sorted."""
+
+    @abstractmethod
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of one tensor; CheckpointError names the checkpoint and the near names if it is unknown."""
+
+    @abstractmethod
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Elements start..stop of the flattened tensor, as a 1-D CPU tensor of the dtype of `info(name)`.
+
+        With `out` (1-D, same dtype, stop - start elements) the values are written there and `out` is returned; without
+        it the result may be a read-only view of a mapped file, so a caller never writes into it.
+        """
+
+    @property
+    @abstractmethod
+    def config(self) -> Mapping[str, Any]:
+        """The parsed config.json; empty when there is none."""
+
+    @property
+    @abstractmethod
+    def files(self) -> Mapping[str, Path]:
+        """Side files of the output (tokenizer, generation config, ...): name in the folder -> where its bytes are."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """SHA-256 (hex) of the content: of every tensor's bytes for files, of the canonical recipe for expressions.
+
+        May have to hash whole files the first time; a plain merge never asks for it.
+        """
+
+    @property
+    @abstractmethod
+    def stamp(self) -> str:
+        """Cheap fingerprint for naming temporary siblings: recipe + (path, size, mtime_ns, inode) of every file."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The expression in our recipe dialect, JSON-ready: {"model": REF} for a model on disk, a recipe for a merge."""
+
+    def pieces(self, name: str, limit: int) -> Sequence[tuple[int, int]]:
+        """Ranges of flat positions that together cover the tensor; reading one piece costs memory O(limit x inputs).
+
+        An expression whose method needs whole rows or matrices returns ranges that respect them.
+        """
+        numel = self.info(name).numel
+        return [(start, min(start + limit, numel)) for start in range(0, numel, limit)] or [(0, 0)]
+
+    def splittable(self, name: str) -> bool:
+        """Whether pieces of this tensor may be read by different workers without doing work twice."""
+        return True
+
+    def prepare(self, names: Sequence[str] | None = None) -> None:
+        """Gather what must be known of the whole model before any tensor can be read; called before workers start."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor in its own shape."""
+        return self.read(name).view(self.info(name).shape)

@@ -1,0 +1,140 @@
+"""Expressions that move names around and compute nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelglue.checkpoint.protocol import Checkpoint, TensorInfo
+from modelglue.errors import CheckpointError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+
+class RenamedCheckpoint(Checkpoint):
+    """Serves another checkpoint's tensors under new names: `names` maps new -> old.
+
+    A tensor may be served twice (layer stacks) or not at all (a part of a model). Reading costs what the source costs.
+    """
+
+    def __init__(self, source: Checkpoint, names: Mapping[str, str], config: Mapping[str, Any] | None = None) -> None:
+        known = set(source.names())
+        for new, old in names.items():
+            if old not in known:
+                raise CheckpointError(f"'{new}' should be '{old}', which the source does not have.{did_you_mean(old, known)}")
+        self._source = source
+        self._old = {new: names[new] for new in sorted(names)}
+        self._config = source.config if config is None else config
+
+    def names(self) -> Sequence[str]:
+        return tuple(self._old)
+
+    def info(self, name: str) -> TensorInfo:
+        return self._source.info(self._find(name))
+
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._source.read(self._find(name), start, stop, out)
+
+    def pieces(self, name: str, limit: int) -> Sequence[tuple[int, int]]:
+        return self._source.pieces(self._find(name), limit)
+
+    def splittable(self, name: str) -> bool:
+        return self._source.splittable(self._find(name))
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._config
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        return self._source.files
+
+    @property
+    def identity(self) -> str:
+        return _digest([self._source.identity, self._old, dict(self._config)])
+
+    @property
+    def stamp(self) -> str:
+        return _digest([self._source.stamp, self._old, dict(self._config)])
+
+    def describe(self) -> dict[str, Any]:
+        return {"rename": dict(self._old), "of": self._source.describe()}
+
+    def _find(self, name: str) -> str:
+        try:
+            return self._old[name]
+        except KeyError:
+            raise CheckpointError(f"no tensor '{name}' here.{did_you_mean(name, self._old)}") from None
+
+
+class JoinedCheckpoint(Checkpoint):
+    """Several checkpoints side by side, each under its prefix ("" for none). Config and files come from the first."""
+
+    def __init__(self, parts: Mapping[str, Checkpoint], config: Mapping[str, Any] | None = None) -> None:
+        if not parts:
+            raise CheckpointError("nothing to join: at least one checkpoint is needed.")
+        self._parts = dict(parts)
+        self._where: dict[str, tuple[Checkpoint, str]] = {}
+        for prefix, part in parts.items():
+            for name in part.names():
+                if prefix + name in self._where:
+                    raise CheckpointError(f"joining under '{prefix}' would make a second tensor '{prefix + name}'.")
+                self._where[prefix + name] = (part, name)
+        self._first = next(iter(parts.values()))
+        self._config = self._first.config if config is None else config
+
+    def names(self) -> Sequence[str]:
+        return tuple(sorted(self._where))
+
+    def info(self, name: str) -> TensorInfo:
+        part, old = self._find(name)
+        return part.info(old)
+
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        part, old = self._find(name)
+        return part.read(old, start, stop, out)
+
+    def pieces(self, name: str, limit: int) -> Sequence[tuple[int, int]]:
+        part, old = self._find(name)
+        return part.pieces(old, limit)
+
+    def splittable(self, name: str) -> bool:
+        part, old = self._find(name)
+        return part.splittable(old)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._config
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        return self._first.files
+
+    @property
+    def identity(self) -> str:
+        return _digest([{prefix: part.identity for prefix, part in self._parts.items()}, dict(self._config)])
+
+    @property
+    def stamp(self) -> str:
+        return _digest([{prefix: part.stamp for prefix, part in self._parts.items()}, dict(self._config)])
+
+    def describe(self) -> dict[str, Any]:
+        return {"join": {prefix: part.describe() for prefix, part in self._parts.items()}}
+
+    def _find(self, name: str) -> tuple[Checkpoint, str]:
+        try:
+            return self._where[name]
+        except KeyError:
+            raise CheckpointError(f"no tensor '{name}' here.{did_you_mean(name, self._where)}") from None
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,128 @@
+"""Worker processes on one machine: they map the same files, so the page cache is shared and nothing is sent but names."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+from modelglue.errors import RunError
+
+#: state that tasks share; set before workers start, so that a forked worker has it for nothing
+_state: Any = None
+
+
+def run_tasks(
+    function: Callable[[Any, Any], Any],
+    state: Any,
+    tasks: Sequence[Any],
+    *,
+    workers: int,
+    on_done: Callable[[Any, Any], None],
+) -> None:
+    """Call `function(state, task)` for every task, in `workers` processes; `on_done(task, result)` runs here, as they end.
+
+    With one worker everything runs in this process. A worker that dies raises RunError; an exception of a task is raised
+    here as it is. Tasks are started in the order given: put long ones first.
+    """
+    if workers <= 1 or len(tasks) <= 1:
+        with single_thread():
+            for task in tasks:
+                on_done(task, function(state, task))
+        return
+    global _state
+    _state = (function, state)
+    pool = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_start, initargs=(_start_argument(function, state),))
+    try:
+        with warnings.catch_warnings():
+            # Forking a process that has threads is what torch's own data loader does; ours run no torch code meanwhile.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            _drive(pool, tasks, workers, on_done)
+    except BrokenProcessPool as error:
+        raise RunError("a worker process died, probably for want of memory. Run it again with fewer --workers.") from error
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        raise
+    finally:
+        _state = None
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _drive(pool: ProcessPoolExecutor, tasks: Sequence[Any], workers: int, on_done: Callable[[Any, Any], None]) -> None:
+    running: dict[Future[Any], Any] = {}
+    waiting = iter(tasks)
+    exhausted = False
+    while running or not exhausted:
+        while not exhausted and len(running) < 2 * workers:  # one in work and one in hand per worker
+            task = next(waiting, _END)
+            if task is _END:
+                exhausted = True
+            else:
+                running[pool.submit(_work, task)] = task
+        if running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                on_done(running.pop(future), future.result())
+
+
+_END = object()
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Fork where it is safe and cheap (Linux, no CUDA context): a spawned worker would import torch for seconds."""
+    torch = sys.modules.get("torch")
+    cuda = torch is not None and torch.cuda.is_initialized()
+    return multiprocessing.get_context("fork" if sys.platform.startswith("linux") and not cuda else "spawn")
+
+
+def _start_argument(function: Any, state: Any) -> Any:
+    return None if _context().get_start_method() == "fork" else (function, state)
+
+
+def _start(argument: Any) -> None:
+    global _state
+    if argument is not None:
+        _state = argument
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None)
+        with contextlib.suppress(AttributeError):
+            set_death_signal = 1
+            libc.prctl(set_death_signal, signal.SIGKILL)  # nobody writes on when the parent was killed
+        if os.getppid() == 1:
+            os._exit(1)
+        with contextlib.suppress(AttributeError):
+            # Keep freed chunks: giving pages back after every chunk and faulting them in again costs more than the arithmetic.
+            trim_threshold, mmap_threshold = -1, -3
+            libc.mallopt(trim_threshold, 1 << 29)
+            libc.mallopt(mmap_threshold, 1 << 28)
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _work(task: Any) -> Any:
+    function, state = _state
+    return function(state, task)
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Torch in one thread: sums and decompositions then have one order, so equal inputs give equal bytes."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,87 @@
+"""Between the base and the mean of the models, by the angles between their task vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from modelglue.checkpoint import Round
+from modelglue.methods._sums import block_dots, total
+from modelglue.methods.registry import Unit, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NO_LENGTH = 1e-12
+
+
+def _pairs(n: int) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(n) for j in range(i, n)]
+
+
+def _dots(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> Any:
+    deltas = [model - base for model in models]
+    return [block_dots(deltas[i], deltas[j]) for i, j in _pairs(len(deltas))]
+
+
+def _ratio(partials: Sequence[Any], known: Any, numel: int, parameters: Mapping[str, Any]) -> float:
+    count = len(partials[0]) if partials else 0
+    n = int((math.isqrt(8 * count + 1) - 1) // 2)
+    dots = {pair: total([partial[k] for partial in partials]) for k, pair in enumerate(_pairs(n))}
+    cosines = []
+    for i, j in _pairs(n):
+        if i != j:
+            length = math.sqrt(dots[i, i]) * math.sqrt(dots[j, j])
+            cosines.append(max(-1.0, min(1.0, dots[i, j] / length)) if length > _NO_LENGTH**2 else 0.0)
+    mean = sum(cosines) / len(cosines) if cosines else 0.0
+    divisor = 1 + (n - 1) * mean
+    ratio = n * mean / divisor if abs(divisor) >= 1e-6 else 0.0
+    return max(0.0, min(1.0, ratio)) if parameters["clip_ratio"] else ratio
+
+
+def _unit(parameters: Mapping[str, Any]) -> Unit:
+    return "row" if parameters["filter_wise"] else "element"
+
+
+def _rounds(parameters: Mapping[str, Any]) -> list[Round]:
+    return [] if parameters["filter_wise"] else [Round(_dots, _ratio)]
+
+
+@method(unit=_unit, units=("element", "row"), survey=_rounds, models=(2, None), source="Model Stock, arXiv 2403.19522")
+def model_stock(
+    models: Sequence[Tensor], base: Tensor, survey: Sequence[float], *, filter_wise: bool = False, clip_ratio: bool = True
+) -> Tensor:
+    """Interpolate between base and mean: B + r * mean(D), with r = n c / (1 + (n-1) c) from the mean cosine c of the deltas.
+
+    c is the mean over pairs of the cosine between D_i and D_j (a pair with a zero delta counts as 0): one ratio per tensor, or per row with
+    `filter_wise`. Equal deltas give r = 1, orthogonal ones r = 0. Time O(n^2 P) for the inner products, inputs read twice (once if
+    filter_wise); memory: one chunk of every input.
+
+    Parameters:
+        filter_wise: one ratio for every row instead of one for the tensor.
+        clip_ratio: keep r within [0, 1]; without it opposing models push the result away from them.
+    """
+    import torch
+
+    deltas = [model - base for model in models]
+    n = len(deltas)
+    mean = deltas[0].clone()
+    for delta in deltas[1:]:
+        mean += delta
+    mean /= n
+    if not filter_wise:
+        return base + mean * survey[0]
+    lengths = [delta.double().norm(dim=-1, keepdim=True) for delta in deltas]
+    cosine = torch.zeros_like(lengths[0])
+    for i in range(n):
+        for j in range(i + 1, n):
+            dot = (deltas[i].double() * deltas[j].double()).sum(dim=-1, keepdim=True)
+            length = lengths[i] * lengths[j]
+            cosine += torch.where(length > _NO_LENGTH**2, (dot / length.clamp(min=1e-300)).clamp(-1, 1), torch.zeros_like(dot))
+    cosine /= n * (n - 1) / 2
+    divisor = 1 + (n - 1) * cosine
+    ratio = torch.where(divisor.abs() >= 1e-6, n * cosine / divisor, torch.zeros_like(cosine))
+    if clip_ratio:
+        ratio = ratio.clamp(0, 1)
+    return base + mean * ratio.to(base.dtype)

@@ -1,0 +1,51 @@
+"""Spherical interpolation between the base and one model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from modelglue.checkpoint import Round
+from modelglue.methods._sums import block_dots, total
+from modelglue.methods.registry import method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NEARLY_PARALLEL = 0.9995
+_NO_LENGTH = 1e-8
+
+
+def _dots(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> Any:
+    return block_dots(base, base), block_dots(models[0], models[0]), block_dots(base, models[0])
+
+
+def _angle(partials: Sequence[Any], known: Any, numel: int, parameters: Mapping[str, Any]) -> float | None:
+    """The angle between the two whole tensors, or None where the arc degenerates to a line."""
+    base, model = (math.sqrt(total([partial[i] for partial in partials])) for i in (0, 1))
+    if base < _NO_LENGTH or model < _NO_LENGTH:
+        return None
+    cosine = total([partial[2] for partial in partials]) / (base * model)
+    return None if abs(cosine) > _NEARLY_PARALLEL else math.acos(cosine)
+
+
+@method(survey=[Round(_dots, _angle)], models=(1, 1), symmetric=False, source="classical quaternion interpolation; no paper for merging")
+def slerp(models: Sequence[Tensor], base: Tensor, survey: Sequence[float | None], *, t: float) -> Tensor:
+    """Arc from the base (t = 0) to the model (t = 1), each whole tensor taken as one vector.
+
+    With the angle th between the flattened tensors: sin((1-t) th)/sin(th) * base + sin(t th)/sin(th) * model. Where they are nearly
+    parallel (|cos| > 0.9995, which most tensors of sibling fine-tunes are) or one has no length, this is (1-t) base + t model.
+    Time O(P), inputs read twice; memory: one chunk of both.
+
+    Parameters:
+        t: position on the arc; values outside [0, 1] extrapolate.
+    """
+    if t == 0.0:
+        return base
+    if t == 1.0:
+        return models[0]
+    angle = survey[0]
+    if angle is None:
+        return base * (1.0 - t) + models[0] * t
+    return base * (math.sin((1.0 - t) * angle) / math.sin(angle)) + models[0] * (math.sin(t * angle) / math.sin(angle))

@@ -1,0 +1,34 @@
+"""Floor 3: recipes in, checkpoint expressions out; and the words in which search and evaluation talk."""
+
+from modelglue.recipe.build import build, linear_recipe, merge
+from modelglue.recipe.candidate import Candidate, Evaluator, Scores, interval, paired_interval
+from modelglue.recipe.check import CheckReport, check
+from modelglue.recipe.document import Document, load_document, parse_document, read_document, validate
+from modelglue.recipe.mergeable import check_mergeable, vocabulary, warnings_of
+from modelglue.recipe.schema import FORMAT, Recipe, canonical, dump, read_recipe
+
+__all__ = [
+    "FORMAT",
+    "Candidate",
+    "CheckReport",
+    "Document",
+    "Evaluator",
+    "Recipe",
+    "Scores",
+    "build",
+    "canonical",
+    "check",
+    "check_mergeable",
+    "dump",
+    "interval",
+    "linear_recipe",
+    "load_document",
+    "merge",
+    "paired_interval",
+    "parse_document",
+    "read_document",
+    "read_recipe",
+    "validate",
+    "vocabulary",
+    "warnings_of",
+]

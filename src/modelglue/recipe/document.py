@@ -1,0 +1,173 @@
+"""YAML to a validated model, with line numbers: the one reader of recipes, zoo files and glue files.
+
+All errors of a document are reported together, each with file, line, place, what was found, what is allowed and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from modelglue.errors import RecipeError, did_you_mean
+
+M = TypeVar("M", bound=BaseModel)
+Place = tuple[str | int, ...]
+
+
+class Document:
+    """Parsed YAML that remembers on which line every key and item stands."""
+
+    def __init__(self, source: str, value: Any, lines: Mapping[Place, int]) -> None:
+        self.source = source
+        self.value = value
+        self._lines = lines
+
+    def where(self, place: Place) -> str:
+        """`file:line` of the nearest thing at or around `place`."""
+        for end in range(len(place), -1, -1):
+            line = self._lines.get(tuple(place[:end]))
+            if line is not None:
+                return f"{self.source}:{line}"
+        return self.source
+
+    def fault(self, place: Place, what: str) -> str:
+        """One line of an error message."""
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+        return f"{self.where(place)}: {path + ': ' if path else ''}{what}"
+
+
+def load_document(source: str | Path | Mapping[str, Any]) -> Document:
+    """Read a file (or take a mapping made in Python). YAML is loaded safely: no tag makes an object."""
+    if isinstance(source, Mapping):
+        return Document("<recipe>", dict(source), {})
+    path = Path(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML file.") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}). Give a YAML file."
+        ) from error
+    return parse_document(text, str(path))
+
+
+def parse_document(text: str, source: str) -> Document:
+    """The same for text that is already in memory; `source` is what messages call it."""
+    try:
+        nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+        if len(nodes) > 1:
+            raise RecipeError(f"{source}: holds {len(nodes)} YAML documents, one is allowed here.")
+        lines: dict[Place, int] = {}
+        value = _build(nodes[0], (), lines, source) if nodes else None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(f"{source}{line}: is not valid YAML: {getattr(error, 'problem', None) or error}.") from error
+    except RecursionError as error:
+        raise RecipeError(f"{source}: is nested too deeply.") from error
+    return Document(source, value, lines)
+
+
+def _build(node: yaml.Node, place: Place, lines: dict[Place, int], source: str) -> Any:
+    lines.setdefault(place, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = _scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+            if not isinstance(key, str | int | float) or isinstance(key, bool):
+                key = str(getattr(key_node, "value", key))
+            line = key_node.start_mark.line + 1
+            if key in result:
+                first = lines[(*place, key)]
+                raise RecipeError(
+                    f"{source}:{line}: key '{key}' is given twice (first on line {first}). Keep one of them."
+                )
+            lines[(*place, key)] = line
+            result[str(key)] = _build(value_node, (*place, str(key)), lines, source)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(child, (*place, i), lines, source) for i, child in enumerate(node.value)]
+    return _scalar(node)
+
+
+def _scalar(node: yaml.Node) -> Any:
+    value = yaml.SafeLoader("").construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    if isinstance(value, str) and isinstance(node, yaml.ScalarNode) and node.style is None:
+        try:  # YAML 1.1 reads 1e-3 as text
+            return float(value) if value[:1] in "+-.0123456789" else value
+        except ValueError:
+            return value
+    return value
+
+
+def validate(document: Document, model: type[M]) -> M:
+    """Check the document against a pydantic model; RecipeError lists all faults."""
+    if not isinstance(document.value, dict):
+        raise RecipeError(
+            f"{document.source}: holds {type(document.value).__name__}, allowed is a mapping of keys to values."
+        )
+    try:
+        return model.model_validate(document.value)
+    except ValidationError as error:
+        faults = [_explain(document, model, detail) for detail in error.errors()]
+        raise RecipeError("\n".join(dict.fromkeys(faults))) from error
+
+
+def read_document(source: str | Path | Mapping[str, Any], model: type[M]) -> M:
+    """Read and check in one step."""
+    return validate(load_document(source), model)
+
+
+def _explain(document: Document, model: type[BaseModel], detail: Any) -> str:
+    place = _real_place(document.value, detail["loc"])
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        known = _known_keys(model, detail["loc"][:-1])
+        return document.fault(place, f"unknown key.{did_you_mean(str(place[-1]), known)} Allowed: {', '.join(known)}.")
+    if kind == "missing":
+        return document.fault(place, "is required and missing.")
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    found = detail.get("input")
+    shown = "" if isinstance(found, dict | list) or kind == "value_error" else f", found {found!r}"
+    return document.fault(place, f"{message[:1].lower() + message[1:]}{shown}.")
+
+
+def _real_place(value: Any, location: Sequence[str | int]) -> Place:
+    """The parts of pydantic's location that are in the document (it also names union members)."""
+    place: list[str | int] = []
+    for number, part in enumerate(location):
+        if (isinstance(value, dict) and part in value) or (
+            isinstance(value, list) and isinstance(part, int) and part < len(value)
+        ):
+            place.append(part)
+            value = value[part]  # type: ignore[call-overload]
+        elif number == len(location) - 1:
+            place.append(part)
+    return tuple(place)
+
+
+def _known_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """Keys that are allowed at a location, by walking the model's JSON schema."""
+    schema = model.model_json_schema()
+    definitions = schema.get("$defs", {})
+
+    def open_(node: Any) -> list[dict[str, Any]]:
+        if "$ref" in node:
+            return open_(definitions[node["$ref"].rsplit("/", 1)[1]])
+        return [inner for branch in node.get("anyOf", []) for inner in open_(branch)] or [node]
+
+    nodes = open_(schema)
+    for part in location:
+        children = []
+        for node in nodes:
+            if isinstance(part, int):
+                children += open_(node["items"]) if "items" in node else []
+            elif part in node.get("properties", {}):
+                children += open_(node["properties"][part])
+        nodes = children or nodes
+    return list(dict.fromkeys(key for node in nodes for key in node.get("properties", {})))
