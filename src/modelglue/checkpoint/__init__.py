@@ -7,7 +7,7 @@ from modelglue.checkpoint.reference import open_checkpoint
 from modelglue.checkpoint.staging import json_bytes, staged, write_bytes_atomic, write_json_atomic
 from modelglue.checkpoint.tensors import STORE_DTYPES, TensorsCheckpoint, dtype_name, torch_dtype
 from modelglue.checkpoint.views import JoinedCheckpoint, RenamedCheckpoint
-from modelglue.checkpoint.writer import RECIPE_FILE, Plan, SaveReport, plan_output, save
+from modelglue.checkpoint.writer import RECIPE_FILE, Plan, SaveReport, plan_output, save, tensor_file
 
 __all__ = [
     "FLOATING",
@@ -33,6 +33,7 @@ __all__ = [
     "plan_output",
     "save",
     "staged",
+    "tensor_file",
     "torch_dtype",
     "write_bytes_atomic",
     "write_json_atomic",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from modelglue.checkpoint.protocol import FLOATING, Checkpoint, TensorInfo
 from modelglue.checkpoint.tensors import STORE_DTYPES, torch_dtype
-from modelglue.checkpoint.uniform import uniforms
+from modelglue.checkpoint.uniform import CounterHash, UniformSource
 from modelglue.errors import MergeError
 from modelglue.settings import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 
@@ -104,7 +104,8 @@ class MergedCheckpoint(Checkpoint):
     safetensors dtype name; default: the donor's dtype of that tensor). Tensors that are not floating point must be equal in
     all models and are copied.
 
-    `streams` numbers the models for the uniform numbers (default: their positions), so that dropping a member shifts nobody.
+    `streams` numbers the models for the uniform numbers (default: their positions), so that dropping a member shifts nobody;
+    `uniform_source` replaces the counter hash of the seed.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class MergedCheckpoint(Checkpoint):
         seed: int = 0,
         donor: Checkpoint | None = None,
         streams: Sequence[int] | None = None,
+        uniform_source: UniformSource | None = None,
     ) -> None:
         if not models:
             raise MergeError(f"{method.id}: no models to merge. Give at least one.")
@@ -131,6 +133,7 @@ class MergedCheckpoint(Checkpoint):
         self._labels = list(labels or (_label(model) for model in models))
         self._store = STORE_DTYPES.get(store, store) if store else None
         self._seed = seed
+        self._uniforms = uniform_source or CounterHash(seed)
         self._donor = donor or base or models[0]
         self._streams = list(streams if streams is not None else range(len(models)))
         self._names = tuple(sorted(self._donor.names()))
@@ -179,7 +182,7 @@ class MergedCheckpoint(Checkpoint):
     def _digest(self, of: Callable[[Checkpoint], str]) -> str:
         value = [
             self._method.id, [of(model) for model in self._models], of(self._base) if self._base else None, of(self._donor),
-            self._parameters.describe(), self._store, self._seed, self._streams,
+            self._parameters.describe(), self._store, self._uniforms.describe(), self._streams,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -307,7 +310,7 @@ class MergedCheckpoint(Checkpoint):
     def _uniform(self, name: str, start: int, stop: int) -> list[torch.Tensor] | None:
         if not self._method.needs_uniform:
             return None
-        return [uniforms(self._seed, name, stream, start, stop) for stream in self._streams]
+        return [self._uniforms.numbers(name, stream, start, stop) for stream in self._streams]
 
     # -- surveys --------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ every device, and independent of chunks, threads and order, because no state is 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,26 @@ _FIRST = 0x7FEB352D
 _SECOND = 0x846CA68B - 2**32
 _GOLDEN = 0x9E3779B1 - 2**32
 _SPAN = 2**31
+
+
+class UniformSource(Protocol):
+    """Where a random method's uniform numbers come from: float32 in [0, 1), shape [stop - start], a function of the arguments only."""
+
+    def numbers(self, name: str, stream: int, start: int, stop: int) -> torch.Tensor: ...
+    def describe(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class CounterHash:
+    """The source of every merge: `uniforms` of one seed."""
+
+    seed: int
+
+    def numbers(self, name: str, stream: int, start: int, stop: int) -> torch.Tensor:
+        return uniforms(self.seed, name, stream, start, stop)
+
+    def describe(self) -> Any:
+        return self.seed
 
 
 def uniforms(seed: int, name: str, stream: int, start: int, stop: int) -> torch.Tensor:

@@ -106,6 +106,20 @@ def plan_output(checkpoint: Checkpoint, *, shard_bytes: int = 5_000_000_000, chu
     return Plan(shards, tuple(_plan_tasks(checkpoint, shards, chunk)))
 
 
+def tensor_file(checkpoint: Checkpoint) -> bytes:
+    """The bytes of one safetensors file with all tensors of a small checkpoint: the same layout, so equal tensors give equal bytes."""
+    import torch
+
+    plan = plan_output(checkpoint, shard_bytes=2**62)
+    shard = plan.shards[0]
+    data = bytearray(shard.size)
+    data[: len(shard.header)] = shard.header
+    for name, offset in shard.offsets.items():
+        values = checkpoint.read(name).view(torch.uint8).numpy().tobytes()
+        data[offset : offset + len(values)] = values
+    return bytes(data)
+
+
 def _plan_shard(checkpoint: Checkpoint, file: str, names: Sequence[str]) -> Shard:
     """Wide elements first, then by name: every tensor is aligned. JSON keys are sorted, the header is padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

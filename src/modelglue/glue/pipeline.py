@@ -9,21 +9,19 @@ scoring; `results.json` says how much was scored.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelglue.checkpoint import Checkpoint, save
-from modelglue.errors import UserError
+from modelglue.checkpoint import save
 from modelglue.glue import decide, mix
-from modelglue.glue.bench import Bench, Listener, open_bench
-from modelglue.glue.replay import replay, replay_document, write_replay
+from modelglue.glue.bench import Bench, Listener, open_bench, run_key
+from modelglue.glue.replay import Replay, is_replay, rebuild, write_replay
 from modelglue.glue.run_folder import RunFolder, open_run
 from modelglue.glue.schema import GlueFile
-from modelglue.recipe import read_document
+from modelglue.mixture import Mixture
+from modelglue.recipe import load_document, validate
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class GlueResult:
 
     run: Path
     outcome: Mapping[str, Any]
-    results: Mapping[str, Any]
+    results: Mapping[str, Any] | None
     already_complete: bool
 
 
@@ -46,80 +44,95 @@ def glue(
 ) -> GlueResult:
     """Run the recipe of `source` (a glue file, or the recipe.yaml of an earlier run) in the folder `directory`.
 
-    Running it again continues a killed run, and answers "already complete" for a finished one. Raises RecipeError for
-    the glue file, CheckpointError for a model, UserError for tasks, prompts and folders; all before anything is scored
-    where that is possible.
+    Running it again continues a killed run, and answers "already complete" for a finished one. A recipe.yaml is rebuilt without
+    scoring anything. Raises RecipeError for the file, CheckpointError for a model, UserError for tasks, prompts and folders;
+    all before anything is scored where that is possible.
     """
     path, root = Path(source), Path(directory)
-    emit = listener or (lambda event, fields: None)
-    if (document := replay_document(path)) is not None:
-        return replay(document, path.parent, root, overwrite=overwrite, workers=workers)
-    file = read_document(path, GlueFile)
-    bench = open_bench(file, path.parent, emit)
-    with open_run(root, run_key(file, bench), overwrite=overwrite) as run:
-        if run.complete:
-            return GlueResult(root, run.read_json("decisions.json")["outcome"], run.read_json("results.json"), True)
-        with bench.scoring(run):
-            _walk(file, bench, run, workers)
-        run.finish()
-        return GlueResult(root, run.read_json("decisions.json")["outcome"], run.read_json("results.json"), False)
+    document = load_document(path)
+    if is_replay(document):
+        outcome = rebuild(validate(document, Replay), path.parent, root, overwrite=overwrite, workers=workers)
+        return GlueResult(root, outcome, None, False)
+    file = validate(document, GlueFile)
+    bench = open_bench(file, path.parent, listener or (lambda _event, _fields: None))
+    with open_run(root, run_key(bench), overwrite=overwrite) as run:
+        complete = run.complete
+        if not complete:
+            with bench.scoring(run):
+                _walk(bench, run, workers)
+            run.finish()
+        return GlueResult(root, run.read_json("decisions.json")["outcome"], run.read_json("results.json"), complete)
 
 
-def run_key(file: GlueFile, bench: Bench) -> str:
-    """SHA-256 over settings, contents of the models and contents of the tasks: what a run is a function of."""
-    content = {
-        "file": file.model_dump(mode="json"),
-        "models": {alias: checkpoint.identity for alias, checkpoint in bench.checkpoints.items()},
-        "tasks": {split: bench.task_identity(split) for split in bench.splits},
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _walk(bench: Bench, run: RunFolder, workers: int | None) -> None:
+    """The steps, in order; everything that was finished before is read or answered by the store."""
 
+    def begin(step: str) -> None:
+        bench.emit("step", {"name": step})
 
-def _walk(file: GlueFile, bench: Bench, run: RunFolder, workers: int | None) -> None:
-    emit = bench.emit
-    run.step("zoo.json", lambda: decide.describe_zoo(file, bench))
-    emit("step", {"name": "similarity"})
+    begin("zoo")
+    run.step("zoo.json", lambda: decide.describe_zoo(bench))
+    begin("similarity")
     with run.timed("similarity"):
-        similarity = decide.similarity_of_zoo(file, bench, run.path("similarity.safetensors"))
-    families = run.step("families.json", lambda: decide.find_families(file, bench, similarity))
-    emit("families", families)
+        found = decide.similarity_of_zoo(bench, run.path("similarity.safetensors"))
+    families = run.step("families.json", lambda: decide.families_of(bench, found))
+    bench.emit("families", families)
 
-    emit("step", {"name": "ranking"})
+    begin("ranking")
     with run.timed("ranking"):
         ranking = decide.rank(bench)
-    emit("ranking", {"ranking": ranking})
-    emit("step", {"name": "selection"})
+    bench.emit("ranking", {"ranking": ranking})
+
+    begin("selection")
     with run.timed("selection"):
-        chosen = [decide.merge_family(file, bench, similarity, family) for family in families["families"]]
-    emit("selection", {"families": [family.trace for family in chosen]})
+        representatives = [decide.merge_family(bench, found, family) for family in families["families"]]
+    bench.emit("selection", {"families": [r.trace for r in representatives]})
 
-    for family in chosen:
-        if family.candidate.members[1:]:
-            with run.timed(f"write {family.name}"):
-                save(bench.materialise(family.candidate), run.path("representatives") / family.name, workers=workers)
+    begin("writing")
+    folder = run.path("representatives")
+    folder.mkdir(exist_ok=True)
+    for r in representatives:
+        if r.is_merge and not (folder / r.name).is_dir():
+            with run.timed(f"write {r.name}"):
+                save(bench.materialise(r.candidate, decide.references_from(bench, folder)), folder / r.name, workers=workers)
 
-    verdicts = decide.experts(file, bench, chosen)
-    emit("step", {"name": "mixture"})
-    kept = [family for family, verdict in zip(chosen, verdicts, strict=True) if verdict.kept]
+    begin("mixture")
+    verdicts = decide.verdicts(bench, representatives)
+    kept = [(r, verdict) for r, verdict in zip(representatives, verdicts, strict=True) if verdict.kept]
+    plan = mix.plan_mixture(bench, run, kept) if len(kept) > 1 else None
     with run.timed("mixture"):
-        mixture = mix.build(file, bench, run, kept) if len(kept) > 1 else None
-    outcome = mix.confirm(bench, kept, mixture)
+        if plan is not None and not run.path("mixture").is_dir():
+            plan.write(run.root, run.path("mixture"))
+        mixture = Mixture.load(run.path("mixture")) if plan is not None else None
+        outcome, scores = mix.confirm(bench, representatives, mixture)
+    router = None
+    if mixture is not None and scores is not None:
+        router = mix.diagnose(bench, mixture, scores, {r.name: r.proxy for r, _ in kept})
     decisions = {
         "tasks": {split: bench.skills(split) for split in bench.splits},
         "ranking": ranking,
-        "families": [family.trace for family in chosen],
+        "families": [r.trace for r in representatives],
         "experts": [
-            {"name": family.name, "family": family.id, "won": list(v.won), "kept": v.kept, "reason": v.reason}
-            for family, v in zip(chosen, verdicts, strict=True)
+            {"name": r.name, "family": r.id, "won": list(v.won), "kept": v.kept, "reason": v.reason}
+            for r, v in zip(representatives, verdicts, strict=True)
         ],
-        "router": mixture.diagnostics if mixture else None,
+        "router": router,
         "outcome": outcome,
     }
     run.write_json("decisions.json", decisions)
-    emit("decisions", decisions)
+    bench.emit("decisions", decisions)
 
-    emit("step", {"name": "test"})
+    begin("test")
     with run.timed("test"):
-        results = run.step("results.json", lambda: mix.final_results(bench, chosen, mixture, outcome))
-    write_replay(file, bench, run, chosen, mixture, outcome)
-    emit("results", results)
+        results = mix.final_results(bench, representatives, verdicts, mixture, outcome)
+    results["cost"] = _cost(bench, run)
+    run.write_json("results.json", results)
+    write_replay(run, bench, representatives, plan, outcome)
+    bench.emit("results", results)
+
+
+def _cost(bench: Bench, run: RunFolder) -> dict[str, int]:
+    """What the run needed, whoever of its processes did it: a function of the inputs, like everything but the log."""
+    candidates, items = bench.scored()
+    read = sum(c.info(name).nbytes for c in bench.checkpoints.values() for name in c.names())
+    return {"candidates": candidates, "items_scored": items, "bytes_read": read}

@@ -9,7 +9,7 @@ from typing import Any
 
 from modelglue.checkpoint import FLOATING, Checkpoint
 from modelglue.methods import get
-from modelglue.recipe.build import _open, build
+from modelglue.recipe.build import build, open_reference
 from modelglue.recipe.mergeable import warnings_of
 from modelglue.recipe.schema import Recipe, read_recipe
 from modelglue.settings import CHUNK_ELEMENTS, SMALL_OUTPUT_BYTES, default_workers
@@ -75,7 +75,7 @@ def _leaves(recipe: Recipe, folder: Path | None) -> list[Checkpoint]:
     def visit(node: str | Recipe | None) -> None:
         if isinstance(node, str):
             if node not in found:
-                found[node] = _open(node, folder)
+                found[node] = open_reference(node, folder)
         elif node is not None:
             visit(node.base)
             for entry in node.models:

@@ -73,33 +73,48 @@ def parse_document(text: str, source: str) -> Document:
     return Document(source, value, lines)
 
 
+#: nodes that one document may expand to; aliases of aliases could otherwise fill the memory from a few lines
+_MOST_NODES = 200_000
+
+
 def _build(node: yaml.Node, place: Place, lines: dict[Place, int], source: str) -> Any:
     lines.setdefault(place, node.start_mark.line + 1)
+    if len(lines) > _MOST_NODES:
+        raise RecipeError(f"{source}: expands to more than {_MOST_NODES:,} values. Write it without nested aliases.")
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = _scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
-            if not isinstance(key, str | int | float) or isinstance(key, bool):
-                key = str(getattr(key_node, "value", key))
+            key = str(getattr(key_node, "value", "")) if isinstance(key_node, yaml.ScalarNode) else ""
             line = key_node.start_mark.line + 1
+            if not key or key == "<<":
+                raise RecipeError(f"{source}:{line}: keys must be plain words; merge keys (<<) and nested keys are not allowed.")
             if key in result:
                 first = lines[(*place, key)]
-                raise RecipeError(
-                    f"{source}:{line}: key '{key}' is given twice (first on line {first}). Keep one of them."
-                )
+                raise RecipeError(f"{source}:{line}: key '{key}' is given twice (first on line {first}). Keep one of them.")
             lines[(*place, key)] = line
-            result[str(key)] = _build(value_node, (*place, str(key)), lines, source)
+            result[key] = _build(value_node, (*place, key), lines, source)
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_build(child, (*place, i), lines, source) for i, child in enumerate(node.value)]
     return _scalar(node)
 
 
+#: YAML 1.1 readings that no recipe means: yes/no/on/off as booleans, 12:30 as 750
+_PLAIN_BOOLEANS = ("true", "false")
+
+
 def _scalar(node: yaml.Node) -> Any:
-    value = yaml.SafeLoader("").construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    text = str(node.value)
+    if node.tag == "tag:yaml.org,2002:bool" and text.lower() not in _PLAIN_BOOLEANS:
+        return text
+    if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and ":" in text:
+        return text
+    if node.tag == "tag:yaml.org,2002:timestamp":
+        return text
+    value = yaml.SafeLoader("").construct_object(node, deep=True)
     if isinstance(value, str) and isinstance(node, yaml.ScalarNode) and node.style is None:
         try:  # YAML 1.1 reads 1e-3 as text
-            return float(value) if value[:1] in "+-.0123456789" else value
+            return float(value) if value[:1] in tuple("+-.0123456789") else value
         except ValueError:
             return value
     return value

@@ -1,0 +1,5 @@
+"""`python -m modelglue` is the command `modelglue`."""
+
+from modelglue.cli import main
+
+main()

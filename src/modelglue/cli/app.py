@@ -1,0 +1,57 @@
+"""The application: the list of commands, loaded when they are called, and what errors become."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from cyclopts import App
+
+from modelglue import __version__
+from modelglue.errors import ModelGlueError, RunError
+
+app = App(
+    name="modelglue",
+    version=__version__,
+    help="From a zoo of fine-tuned language models to one stronger model: group, select, merge, route.",
+    help_format="markdown",
+)
+app.register_install_completion_command()
+
+#: name -> where the function is; a command's module is imported when the command is called or asked for help
+COMMANDS = {
+    "demo": ("modelglue.cli.demo:demo", "The whole recipe on the tiny zoo that comes with the repository."),
+    "glue": ("modelglue.cli.glue:glue", "Turn a zoo into one model: group, select, merge, route, report."),
+    "merge": ("modelglue.cli.merge:merge", "Merge models by a recipe."),
+    "check": ("modelglue.cli.check:check", "Say from headers alone whether a recipe will work and what it needs."),
+    "methods": ("modelglue.cli.methods:methods", "List the merge methods, or explain one."),
+    "inspect": ("modelglue.cli.inspect:inspect", "Show a model's tensors, layers, dtypes and sizes."),
+    "similarity": ("modelglue.cli.similarity:similarity", "Compare the weights of models and find the families."),
+    "eval": ("modelglue.cli.eval:evaluate", "Score models on lm-evaluation-harness tasks."),
+    "generate": ("modelglue.cli.generate:generate", "Text in, text out, from a model or a mixture."),
+    "report": ("modelglue.cli.report:report", "Write the HTML report of a run."),
+}
+for _name, (_path, _help) in COMMANDS.items():
+    app.command(_path, name=_name, help=_help)
+
+
+def main(tokens: list[str] | None = None) -> None:
+    """Run one command; exit code 2 for what the user can mend, 1 for failures, 130 for Ctrl-C. MODELGLUE_TRACEBACK=1 shows where."""
+    arguments = sys.argv[1:] if tokens is None else tokens
+    shown = "--traceback" in arguments or bool(os.environ.get("MODELGLUE_TRACEBACK"))
+    try:
+        app([argument for argument in arguments if argument != "--traceback"])
+    except KeyboardInterrupt:
+        print("interrupted; run it again to continue", file=sys.stderr)
+        sys.exit(130)
+    except ModelGlueError as error:
+        _fail(error, shown)
+    except MemoryError as error:
+        _fail(RunError(f"out of memory ({error}). Use fewer --workers, or a smaller batch."), shown)
+
+
+def _fail(error: ModelGlueError, shown: bool) -> None:
+    if shown:
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)

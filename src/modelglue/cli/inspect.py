@@ -1,0 +1,81 @@
+"""`modelglue inspect`: what is in a model, from its headers."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from modelglue.checkpoint import Checkpoint
+
+_LAYER = re.compile(r"^(?P<before>.*?)\.(?P<number>\d+)\.(?P<after>.*)$")
+
+
+def inspect(
+    model: str,
+    *,
+    identity: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Show a model's tensors, layers, dtypes and sizes.
+
+    Parameters
+    ----------
+    model
+        Local folder, .safetensors file, or hub id.
+    identity
+        Also hash every byte: the identity under which scores are remembered.
+    json
+        Print it as JSON.
+    """
+    from modelglue.checkpoint import open_checkpoint
+    from modelglue.cli.console import print_json, size, stdout
+
+    checkpoint = open_checkpoint(model)
+    groups = _groups(checkpoint)
+    summary: dict[str, Any] = {
+        "model": model,
+        "architecture": next(iter(checkpoint.config.get("architectures") or []), None),
+        "tensors": len(checkpoint.names()),
+        "parameters": sum(checkpoint.info(name).numel for name in checkpoint.names()),
+        "bytes": sum(checkpoint.info(name).nbytes for name in checkpoint.names()),
+        "layers": max((group["count"] for group in groups), default=0),
+        "files": sorted(checkpoint.files),
+        "groups": groups,
+    }
+    if identity:
+        summary["identity"] = checkpoint.identity
+    if json:
+        print_json(summary)
+        return
+    from rich.table import Table
+
+    console = stdout()
+    console.print(
+        f"[bold]{model}[/]  {summary['architecture'] or 'no config'}: {summary['parameters'] / 1e6:,.2f} M parameters in "
+        f"{summary['tensors']} tensors, {size(summary['bytes'])}, {summary['layers']} layers"
+    )
+    table = Table("tensor", "times", "shape", "dtype", "bytes", box=None, pad_edge=False)
+    for group in groups:
+        table.add_row(group["name"], str(group["count"]), " x ".join(map(str, group["shape"])), group["dtype"], size(group["bytes"]))
+    console.print(table)
+    if identity:
+        console.print(f"identity {summary['identity']}")
+
+
+def _groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Tensors that differ only in their layer's number, together."""
+    found: dict[tuple[str, tuple[int, ...], str], dict[str, Any]] = {}
+    for name in checkpoint.names():
+        info = checkpoint.info(name)
+        match = _LAYER.match(name)
+        general = f"{match['before']}.*.{match['after']}" if match else name
+        group = found.setdefault(
+            (general, info.shape, info.dtype),
+            {"name": general, "count": 0, "shape": list(info.shape), "dtype": info.dtype, "bytes": 0},
+        )
+        group["count"] += 1
+        group["bytes"] += info.nbytes
+    return list(found.values())

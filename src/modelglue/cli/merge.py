@@ -1,0 +1,74 @@
+"""`modelglue merge`: a recipe in, a model folder out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+
+def merge(
+    recipe: Path,
+    out: Path,
+    *,
+    workers: int | None = None,
+    shard_size: Annotated[str, Parameter(help="Largest shard, such as 5GB.")] = "5GB",
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    quiet: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Merge models by a recipe.
+
+    Streams chunk by chunk, so memory does not grow with the models. Killed at any moment, it continues when run again;
+    nothing half-written ever stands under the final name.
+
+    Parameters
+    ----------
+    recipe
+        YAML in modelglue's dialect, or mergekit's.
+    out
+        Folder to write: config, tokenizer, weights, recipe and card.
+    workers
+        Worker processes; default: one per core, one for small models.
+    overwrite
+        Replace an existing folder.
+    quiet
+        No progress, no summary.
+    json
+        Print the summary as JSON.
+    """
+    from modelglue.checkpoint import save
+    from modelglue.cli.console import byte_progress, print_json, size, stderr
+    from modelglue.recipe import merge as build
+
+    start = time.monotonic()
+    merged = build(recipe)
+    with byte_progress(out.name, quiet=quiet or json) as progress:
+        report = save(
+            merged, out, workers=workers, shard_bytes=_bytes(shard_size), overwrite=overwrite, progress=progress
+        )
+    if json:
+        print_json(
+            {
+                "directory": str(report.directory), "tensors": report.tensors, "bytes": report.bytes, "shards": report.shards,
+                "resumed_bytes": report.resumed_bytes, "already_complete": report.already_complete,
+            }
+        )  # fmt: skip
+    elif not quiet:
+        state = "already complete" if report.already_complete else f"{time.monotonic() - start:.1f} s"
+        resumed = f", {size(report.resumed_bytes)} of it from an earlier run" if report.resumed_bytes else ""
+        stderr().print(f"{out}: {report.tensors} tensors, {size(report.bytes)}{resumed} ({state})", soft_wrap=True)
+
+
+def _bytes(text: str) -> int:
+    from modelglue.errors import UserError
+
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
+    upper = text.strip().upper()
+    for unit, factor in units.items():
+        number = upper.removesuffix(unit).strip()
+        if upper.endswith(unit) and number.replace(".", "", 1).isdigit() and float(number) * factor >= 1:
+            return int(float(number) * factor)
+    raise UserError(f"--shard-size is '{text}'; allowed is a positive size such as 500MB or 5GB.")

@@ -1,0 +1,68 @@
+"""`modelglue methods`: the catalogue, generated from the signatures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from modelglue.methods import Method
+
+
+def methods(name: str | None = None, *, json: Annotated[bool, Parameter(negative=())] = False) -> None:
+    """List the merge methods, or explain one.
+
+    Parameters
+    ----------
+    name
+        The method to explain.
+    json
+        Print the schema as JSON.
+    """
+    from modelglue.cli.console import print_json, stdout
+    from modelglue.methods import all_methods, get
+
+    chosen = [get(name)] if name else all_methods()
+    if json:
+        print_json([_schema(method) for method in chosen])
+        return
+    from rich.table import Table
+
+    console = stdout()
+    if name is None:
+        table = Table("method", "base", "reads inputs", "holds", "what it does", box=None, pad_edge=False)
+        for method in chosen:
+            table.add_row(
+                f"[bold]{method.id}[/]", "yes" if method.needs_base else "", "twice" if method.surveys else "once", method.units[0], method.summary
+            )
+        console.print(table)
+        console.print("\n[dim]modelglue methods NAME explains one.[/]")
+        return
+    method = chosen[0]
+    text, _, _ = method.doc.partition("Parameters:\n")
+    console.print(f"[bold]{method.id}[/]  [dim]{method.source}[/]\n")
+    console.print(text.strip(), markup=False)
+    table = Table("parameter", "per", "type", "default", "allowed", "", box=None, pad_edge=False)
+    for parameter in method.parameters:
+        allowed = " | ".join(parameter.choices) or (str(parameter.range) if parameter.range else "")
+        default = "required" if parameter.required else str(parameter.default).lower()
+        table.add_row(f"[bold]{parameter.name}[/]", "model" if parameter.per_model else "merge", parameter.type.__name__, default, allowed, parameter.doc)
+    console.print()
+    console.print(table)
+
+
+def _schema(method: Method) -> dict[str, Any]:
+    return {
+        "id": method.id, "summary": method.summary, "source": method.source, "units": list(method.units), "returns": method.returns,
+        "needs_base": method.needs_base, "surveys": method.surveys, "random": method.needs_uniform, "symmetric": method.symmetric,
+        "models": {"least": method.min_models, "most": method.max_models},
+        "parameters": [
+            {
+                "name": p.name, "per_model": p.per_model, "type": p.type.__name__, "required": p.required,
+                "default": None if p.required else p.default, "choices": list(p.choices),
+                "range": str(p.range) if p.range else None, "doc": p.doc,
+            }
+            for p in method.parameters
+        ],
+    }  # fmt: skip

@@ -1,0 +1,154 @@
+"""Steps 7 to 9: join the experts, confirm that it was worth it, and measure on items that no decision has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from modelglue.glue.bench import Bench, prompts_of
+from modelglue.glue.decide import Representative, references_from
+from modelglue.glue.experts import Verdict
+from modelglue.glue.replay import MixturePlan, PlannedExpert
+from modelglue.glue.run_folder import RunFolder
+from modelglue.mixture import Mixture, load_report, oracle_gap
+from modelglue.recipe import Candidate, Scores, interval, paired_interval
+
+
+def plan_mixture(bench: Bench, run: RunFolder, kept: Sequence[tuple[Representative, Verdict]]) -> MixturePlan:
+    """Which experts with which prompts, behind which router; all that `mixture/` is made of."""
+    references = references_from(bench, run.root)
+    experts = []
+    for representative, verdict in kept:
+        members = representative.candidate.members
+        prompts = prompts_of(bench, members, verdict.won)
+        path = f"representatives/{representative.name}" if representative.is_merge else references[members[0]]
+        domains = dict.fromkeys(tag for alias in members for tag in bench.models[alias].domain)
+        experts.append(
+            PlannedExpert(
+                name=representative.name,
+                model=path,
+                domain=tuple(domains),
+                positive=tuple(prompts["positive"]),
+                negative=tuple(prompts["negative"]),
+            )
+        )
+    options = bench.file.router
+    largest = max(range(len(kept)), key=lambda i: (len(kept[i][0].members), -i))
+    encoder = experts[largest].model if options.encoder is None else references[options.encoder]
+    return MixturePlan(
+        experts=tuple(experts), encoder=encoder, gate_mode=options.gate_mode, router_layer=options.router_layer,
+        temperature=options.temperature, route_span=options.route_span, seed=bench.file.seed, pack=bench.file.mixture.pack,
+    )  # fmt: skip
+
+
+def diagnose(bench: Bench, mixture: Mixture, scores: Scores, experts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """The router's self-test, its load on the proxy items, and what a perfect router would add."""
+    proxy = bench.tasks["proxy"]
+    contexts = {skill: proxy.contexts(skill) for skill in proxy.skills}
+    report = mixture.self_test()
+    load = load_report(mixture, contexts)
+    return {
+        **report.to_json(),
+        "load": load.load,
+        "warnings": [*report.warnings, *load.warnings],
+        "oracle_gap": oracle_gap(experts, scores.tasks()),
+    }
+
+
+def confirm(
+    bench: Bench, representatives: Sequence[Representative], mixture: Mixture | None
+) -> tuple[dict[str, Any], Scores | None]:
+    """The outcome: the mixture, unless the best candidate seen beats it by more than the paired interval.
+
+    Judged on confirmation items where there are some, else on the proxy.
+    """
+    split = "confirmation" if "confirmation" in bench.tasks else "proxy"
+    singles = {alias: bench.score(Candidate.single(alias), split) for alias in bench.members}
+    best_single = max(bench.members, key=lambda alias: singles[alias].mean)
+    scored = {r.name: bench.score(r.candidate, split) for r in representatives}
+    best = max(representatives, key=lambda r: scored[r.name].mean)
+    proxy: Scores | None = None
+    if mixture is not None:
+        proxy = bench.score_text_model(mixture, mixture.identity, "proxy")
+        final = bench.score_text_model(mixture, mixture.identity, split)
+        difference, low, high = paired_interval(final, scored[best.name])
+        if high >= 0:
+            outcome = {"kind": "mixture", "name": "mixture", "reason": "every expert answers what it is best at"}
+        else:
+            reason = f"the mixture is worse than {best.name} by {-difference:.3f} ({-high:.3f} to {-low:.3f}); look at the router"
+            outcome = {"kind": "merge" if best.is_merge else "single", "name": best.name, "reason": reason}
+            final = scored[best.name]
+    else:
+        final = scored[best.name]
+        reason = "one representative is best at everything" if len(representatives) > 1 else "the zoo is one family"
+        outcome = {"kind": "merge" if best.is_merge else "single", "name": best.name, "reason": reason}
+    return {
+        **outcome,
+        "split": split,
+        "score": final.mean,
+        "best_single": best_single,
+        "interval_vs_best_single": list(paired_interval(final, singles[best_single])),
+    }, proxy
+
+
+def final_results(
+    bench: Bench,
+    representatives: Sequence[Representative],
+    verdicts: Sequence[Verdict],
+    mixture: Mixture | None,
+    outcome: Mapping[str, Any],
+) -> dict[str, Any]:
+    """results.json: every single model, uniform averages, representatives and the result, on test items."""
+    split = next(name for name in ("test", "confirmation", "proxy") if name in bench.tasks)
+    rows: list[tuple[str, str, int | None, Scores]] = []
+    family_of = {alias: r.id for r in representatives for alias in r.members}
+    if bench.base is not None:
+        rows.append((bench.base, "base", None, bench.score(Candidate.single(bench.base), split)))
+    for alias in bench.members:
+        rows.append((alias, "single", family_of[alias], bench.score(Candidate.single(alias), split)))
+    for r in representatives:
+        if len(r.members) > 1:
+            uniform = Candidate.linear(dict.fromkeys(r.members, 1.0))
+            rows.append((f"average of family {r.id}", "average", r.id, bench.score(uniform, split)))
+        if r.is_merge:
+            rows.append((r.name, "representative", r.id, bench.score(r.candidate, split)))
+    if mixture is not None:
+        rows.append(("mixture", "mixture", None, bench.score_text_model(mixture, mixture.identity, split)))
+    by_name = {name: scores for name, _, _, scores in rows}
+    singles = [name for name, kind, _, _ in rows if kind == "single"]
+    final = by_name[str(outcome["name"])]
+    best = max(singles, key=lambda name: by_name[name].mean)
+    comparisons = [_comparison("result", final, best, by_name[best], bench.skills(split))]
+    for r, verdict in zip(representatives, verdicts, strict=True):
+        if r.is_merge and verdict.won:
+            own = by_name[r.name].only(verdict.won)
+            member = max(r.members, key=lambda alias: by_name[alias].only(verdict.won).mean)
+            average = f"average of family {r.id}"
+            comparisons.append(_comparison(r.name, own, member, by_name[member].only(verdict.won), verdict.won))
+            comparisons.append(_comparison(r.name, own, average, by_name[average].only(verdict.won), verdict.won))
+    routing = None
+    if mixture is not None:
+        tasks = bench.tasks[split]
+        routing = load_report(mixture, {skill: tasks.contexts(skill) for skill in tasks.skills}).load
+    return {
+        "split": split,
+        "skills": bench.skills(split),
+        "models": [
+            {
+                "name": name,
+                "kind": kind,
+                "family": family,
+                "tasks": {task: {"score": value, "items": len(scores.items[task])} for task, value in scores.tasks().items()},
+                "mean": scores.mean,
+                "interval": list(interval(scores)),
+            }
+            for name, kind, family, scores in rows
+        ],
+        "comparisons": comparisons,
+        "routing": routing,
+    }
+
+
+def _comparison(a: str, ours: Scores, b: str, theirs: Scores, skills: Sequence[str]) -> dict[str, Any]:
+    difference, low, high = paired_interval(ours, theirs)
+    return {"a": a, "b": b, "skills": list(skills), "difference": difference, "interval": [low, high]}

@@ -1,0 +1,112 @@
+"""Is the router any good? Self-test, condition number, load, and the gap to a router that knows the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from modelglue.mixture.router import Reader, prompt_logits, worst_margin
+from modelglue.mixture.spec import ExpertSpec
+
+if TYPE_CHECKING:
+    import torch
+
+_HIGH_CONDITION = 5.0
+_HIGH_LOAD = 0.9
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Where the experts' own prompts go: `confusion[i][j]` counts prompts of expert i that reach expert j."""
+
+    experts: tuple[str, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    margin: float
+    condition_number: float
+    gate_mode: str
+    router_layer: int
+    encoder: str
+    warnings: tuple[str, ...]
+
+    @property
+    def accuracy(self) -> float:
+        total = sum(map(sum, self.confusion))
+        return sum(row[i] for i, row in enumerate(self.confusion)) / total
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "gate_mode": self.gate_mode,
+            "router_layer": self.router_layer,
+            "encoder": self.encoder,
+            "self_test": {"experts": list(self.experts), "confusion": [list(row) for row in self.confusion], "accuracy": self.accuracy},
+            "condition_number": {"gate": self.condition_number},
+            "margin": self.margin,
+            "warnings": list(self.warnings),
+        }
+
+
+class _Settings(Protocol):
+    @property
+    def gate_mode(self) -> Any: ...
+    @property
+    def router_layer(self) -> int: ...
+    @property
+    def encoder(self) -> str: ...
+
+
+def self_test(reader: Reader, experts: Sequence[ExpertSpec], gate: torch.Tensor, settings: _Settings) -> SelfTest:
+    """Route every positive prompt and compare with the expert it belongs to."""
+    import torch
+
+    confusion = [[0] * len(experts) for _ in experts]
+    for own, logits in enumerate(prompt_logits(reader, experts, gate).values()):
+        for row in logits.tolist():
+            confusion[own][max(range(len(row)), key=lambda i: (row[i], -i))] += 1
+    condition = float(torch.linalg.cond(gate.double()))
+    warnings = []
+    if condition > _HIGH_CONDITION:
+        warnings.append(f"the gate's condition number is {condition:.1f} (over {_HIGH_CONDITION:g}): the prompts are too alike.")
+    for own, row in enumerate(confusion):
+        if row[own] < sum(row):
+            warnings.append(f"{sum(row) - row[own]} of {sum(row)} prompts of '{experts[own].name}' reach another expert.")
+    return SelfTest(
+        experts=tuple(expert.name for expert in experts), confusion=tuple(map(tuple, confusion)), margin=worst_margin(reader, experts, gate),
+        condition_number=condition, gate_mode=str(settings.gate_mode), router_layer=settings.router_layer, encoder=settings.encoder,
+        warnings=tuple(warnings),
+    )  # fmt: skip
+
+
+class _Router(Protocol):
+    @property
+    def experts(self) -> Sequence[str]: ...
+    def route(self, texts: Sequence[str]) -> Sequence[Any]: ...
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """How many samples of each task reach each expert."""
+
+    load: Mapping[str, Mapping[str, int]]
+    warnings: tuple[str, ...]
+
+
+def load_report(mixture: _Router, contexts: Mapping[str, Sequence[str]]) -> LoadReport:
+    """Route the contexts of every task; warns when one expert gets more than nine tenths of everything."""
+    load = {}
+    for task, texts in contexts.items():
+        names = [route.name for route in mixture.route(texts)]
+        load[task] = {expert: names.count(expert) for expert in mixture.experts}
+    total = sum(sum(row.values()) for row in load.values())
+    warnings = []
+    for expert in mixture.experts:
+        share = sum(row[expert] for row in load.values()) / max(total, 1)
+        if share > _HIGH_LOAD:
+            warnings.append(f"'{expert}' gets {share:.0%} of all samples.")
+    return LoadReport(load, tuple(warnings))
+
+
+def oracle_gap(experts: Mapping[str, Mapping[str, float]], mixture: Mapping[str, float]) -> float:
+    """Mean over tasks of the best expert's score minus the mixture's: large means a bad router, not bad experts."""
+    gaps = [max(scores[task] for scores in experts.values()) - value for task, value in mixture.items()]
+    return sum(gaps) / len(gaps)
