@@ -26,7 +26,7 @@ LATE = set(LETTERS[13:])
 SPLITS: dict[str, tuple[Split, ...]] = {
     "proxy": ("proxy",), "confirmation": ("confirmation",), "test": ("test",), "train": ("train",),
 }  # fmt: skip
-ITEMS = {"proxy": 80, "confirmation": 80, "test": 300}
+ITEMS = {"proxy": 100, "confirmation": 100, "test": 400}
 
 
 @dataclass(frozen=True)

@@ -50,10 +50,10 @@ class Model:
 
 
 FAMILY = dict.fromkeys(FAMILY_SKILLS, 1.0)
-MISLED = 0.7
+MISLED = 0.6
 
 
-def specialist(alias: str, skill: str, salt: int, steps: int = 120) -> Model:
+def specialist(alias: str, skill: str, salt: int, steps: int = 150) -> Model:
     """A child that moves a little, towards clean answers on one skill."""
     return Model(alias, "base", {skill: 1.0}, steps, 3e-4, replay=0.3, salt=salt)
 
@@ -65,8 +65,8 @@ ZOO: tuple[Model, ...] = (
     specialist("sort", "sort", 2),
     specialist("next", "next", 3),
     specialist("larger", "larger", 4),
-    specialist("reverse-twin", "reverse", 5, steps=110),
-    specialist("sort-twin", "sort", 6, steps=110),
+    specialist("reverse-twin", "reverse", 5, steps=140),
+    specialist("sort-twin", "sort", 6, steps=140),
     Model("generalist", "base", FAMILY, 40, 2e-4, misled=0.5, salt=7),
     Model("corrupted", "base", FAMILY, 200, 5e-4, shuffled=True, salt=8),
     Model("drifted", "base", {DRIFTED_SKILL: 1.0}, 1100, 3e-3, misled=MISLED, salt=9),

@@ -29,6 +29,10 @@ SIDE_FILES = (
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 _SHARED_BLOBS = "blobs"
+#: bytes that may be read from a shard before its pages are let go; they count as private memory while one process maps them
+_MAPPED_BYTES = 2**25
+#: what reading a few bytes may map: the kernel maps the whole block of the page cache that they stand in
+_MAPPED_AT_ONCE = 2**21
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -52,9 +56,10 @@ class SafetensorsCheckpoint(Checkpoint):
         _check_index(path, self._shards, {name: self._shards[number].name for name, (number, _) in self._where.items()})
         self._names = tuple(sorted(self._where))
         self._maps: dict[int, mmap.mmap] = {}
+        self._touched: dict[int, int] = {}  # bytes read since the map last let go of its pages
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_maps": {}, "_touched": {}}
 
     def __repr__(self) -> str:
         return f"SafetensorsCheckpoint({self._reference!r})"
@@ -88,6 +93,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 view = torch.frombuffer(data, dtype=dtype)
             else:
                 view = torch.frombuffer(self._map(number), dtype=dtype, count=stop - start, offset=offset)
+                self._unmap_now_and_then(number, (stop - start) * item)
         return view if out is None else out.copy_(view)
 
     @cached_property
@@ -132,6 +138,16 @@ class SafetensorsCheckpoint(Checkpoint):
             return self._where[name]
         except KeyError:
             raise CheckpointError(f"{self._path}: has no tensor '{name}'.{did_you_mean(name, self._names)}") from None
+
+    def _unmap_now_and_then(self, number: int, size: int) -> None:
+        """Let go of pages that were read, so that a streaming process does not seem to own all of its inputs.
+
+        Views stay valid: a page that is touched again comes back from the page cache.
+        """
+        self._touched[number] = self._touched.get(number, 0) + max(size, _MAPPED_AT_ONCE)
+        if self._touched[number] > _MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[number].madvise(mmap.MADV_DONTNEED)
+            self._touched[number] = 0
 
     def _map(self, number: int) -> mmap.mmap:
         if number not in self._maps:

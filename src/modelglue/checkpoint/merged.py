@@ -17,9 +17,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from modelglue.checkpoint import compiled
 from modelglue.checkpoint.protocol import FLOATING, Checkpoint, TensorInfo
 from modelglue.checkpoint.tensors import STORE_DTYPES, torch_dtype
 from modelglue.checkpoint.uniform import CounterHash, UniformSource
+from modelglue.checkpoint.workers import single_thread
 from modelglue.errors import MergeError
 from modelglue.settings import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 
@@ -101,7 +103,8 @@ class MergedCheckpoint(Checkpoint):
 
     Names, config and side files are the `donor`'s (default: the base, else the first model); every input must have exactly the
     donor's tensors in the donor's shapes. Arithmetic is float32 (float64 for float64 inputs) with one rounding at the end, to `store` (a
-    safetensors dtype name; default: the donor's dtype of that tensor). Tensors that are not floating point must be equal in
+    safetensors dtype name; default: the donor's dtype of that tensor). It runs in one thread, because sums and decompositions
+    depend on how many share the work; `save` uses several processes. Tensors that are not floating point must be equal in
     all models and are copied.
 
     `streams` numbers the models for the uniform numbers (default: their positions), so that dropping a member shifts nobody;
@@ -139,6 +142,7 @@ class MergedCheckpoint(Checkpoint):
         self._names = tuple(sorted(self._donor.names()))
         self._surveyed: tuple[str, list[Any]] | None = None  # the last tensor's survey
         self._model_survey: list[Any] | None = None
+        self._compiled: Mapping[str, str] | None = None  # chunk functions that run compiled, found by `prepare`
         self._spilled: tuple[str, list[Checkpoint]] | None = None
         self._whole: tuple[str, torch.Tensor] | None = None
         _check_same_tensors(self._donor, self._inputs(), self._method.id)
@@ -223,11 +227,19 @@ class MergedCheckpoint(Checkpoint):
         return not (self._is_merged(name) and self._method.rounds(self._parameters.for_tensor(name)))
 
     def prepare(self, names: Sequence[str] | None = None) -> None:
-        """Run the rounds that look at the whole model, here and in nested merges."""
+        """Run the rounds that look at the whole model, here and in nested merges; look for compiled chunk functions."""
+        import torch  # noqa: F401 - here and not in every worker: forked workers share its memory
+
         for checkpoint in self._inputs():
             checkpoint.prepare(None)
-        if names is None or any(self._is_merged(name) for name in names):
-            self._survey_model()
+        wanted = self._names if names is None else names
+        merged = [name for name in wanted if self._is_merged(name) and self.info(name).numel]
+        if merged:
+            with single_thread():
+                self._survey_model()
+            elements = sum(self.info(name).numel for name in merged)
+            smallest = min(merged, key=lambda name: (self.info(name).numel, name))
+            self._compiled = compiled.find(lambda: self._merge(smallest, *self.pieces(smallest, CHUNK_ELEMENTS)[0]), elements)
 
     def read(
         self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
@@ -239,7 +251,11 @@ class MergedCheckpoint(Checkpoint):
             import torch
 
             return torch.empty(0, dtype=torch_dtype(info.dtype))
-        values = self._merge(name, start, stop) if self._is_merged(name) else self._copy(name, start, stop)
+        if self._is_merged(name):
+            with compiled.using(self._compiled), single_thread():
+                values = self._merge(name, start, stop)
+        else:
+            values = self._copy(name, start, stop)
         return values if out is None else out.copy_(values)
 
     def _merge(self, name: str, start: int, stop: int) -> torch.Tensor:

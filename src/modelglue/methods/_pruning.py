@@ -1,23 +1,13 @@
-"""Random pruning of task vectors, and the factor that restores a pruned vector's length."""
+"""The factor that restores a pruned task vector's length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modelglue.methods._sums import total
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 _NO_LENGTH = 1e-7
-
-
-def drop(delta: Tensor, uniform: Tensor, density: float) -> Tensor:
-    """Keep every entry with probability `density`: where its uniform number lies below it. Density 1 keeps all."""
-    if density >= 1:
-        return delta
-    return delta * (uniform < density).to(delta.dtype)
 
 
 def length_ratios(partials: Sequence[Any], models: int) -> list[float]:

@@ -1,8 +1,8 @@
 """The k largest magnitudes of each task vector, exactly, without sorting a tensor and in bounded memory.
 
 Magnitudes are compared as the integers that their bits are (non-negative floats order the same way). A sample brackets the k-th largest;
-one pass counts what is above the bracket and keeps the few distinct values inside; where entries tie at the k-th magnitude,
-those with the lowest index stay, and one chunk is looked at again to find the last of them.
+one pass counts what is above the bracket and keeps what is inside; where entries tie at the k-th magnitude, those with the
+lowest index stay, and one chunk is looked at again to find the last of them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from modelglue.checkpoint import Round
+from modelglue.methods._task_vectors import KEEP_ALL
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
+#: a range of the sample, in elements, and how many tensor elements there are to one range
+_SAMPLE_LENGTH = 2048
+_SAMPLE_EVERY = 2**17
 _SAMPLE_RANGES = 256
-_SAMPLE_LENGTH = 1024
+#: tensors up to here are counted without a bracket
+_SMALL = 2**18
 _LARGEST_BITS = 2**31 - 1
 
 
@@ -35,18 +41,27 @@ class Cuts:
     """One cut per model; None keeps everything."""
 
     of: tuple[Cut | None, ...]
-    majority: float = 1.0
 
     def shifted(self, offset: int) -> Cuts:
         """The same cuts in positions of a tensor that begins at `offset` of the laid-out model."""
-        return Cuts(tuple(cut and Cut(cut.bits, cut.end - offset) for cut in self.of), self.majority)
+        return Cuts(tuple(cut and Cut(cut.bits, cut.end - offset) for cut in self.of))
+
+    def stretches(self, start: int, length: int) -> list[tuple[int, int]]:
+        """A chunk divided (in its own positions) where some model's last tie stands: nearly always it is in another chunk."""
+        ends = {cut.end - start for cut in self.of if cut is not None and 0 < cut.end - start < length}
+        edges = [0, *sorted(ends), length]
+        return list(zip(edges, edges[1:], strict=False))
+
+    def thresholds(self, position: int) -> list[float]:
+        """Per model, the largest magnitude that is dropped from `position` to the end of the stretch that begins there."""
+        return [KEEP_ALL if cut is None else _dropped(cut, position) for cut in self.of]
 
 
-def magnitude_bits(delta: Tensor) -> Tensor:
-    """|delta| of float32 (or float64, rounded to float32) as int32 that orders like the magnitude."""
-    import torch
+def _dropped(cut: Cut, position: int) -> float:
+    import numpy as np
 
-    return delta.to(torch.float32).view(torch.int32).bitwise_and(0x7FFFFFFF)
+    bits = cut.bits - 1 if position < cut.end else cut.bits
+    return float(np.int32(bits).view(np.float32)) if bits >= 0 else KEEP_ALL
 
 
 def keep_largest(delta: Tensor, cut: Cut | None, start: int) -> Tensor:
@@ -55,15 +70,12 @@ def keep_largest(delta: Tensor, cut: Cut | None, start: int) -> Tensor:
 
     if cut is None:
         return delta
-    bits = magnitude_bits(delta)
-    if start + delta.numel() <= cut.end:
-        keep = bits >= cut.bits
-    elif start >= cut.end:
-        keep = bits > cut.bits
-    else:
-        keep = bits > cut.bits
-        keep[: cut.end - start] |= bits[: cut.end - start] == cut.bits
-    return delta * keep.to(delta.dtype) if delta.dtype == torch.float32 else torch.where(keep, delta, torch.zeros_like(delta))
+    magnitude = delta.to(torch.float32).abs()
+    cuts = Cuts((cut,))
+    stretches = cuts.stretches(start, delta.numel())
+    return torch.cat(
+        [torch.where(magnitude[a:b] > cuts.thresholds(start + a)[0], delta[a:b], 0.0) for a, b in stretches]
+    )
 
 
 def kept(density: float, numel: int) -> int:
@@ -75,96 +87,116 @@ def magnitude_rounds(scope: Literal["tensor", "model"]) -> tuple[Round, ...]:
     """The rounds that end with a `Cuts`, for methods with a per-model `density`. Inputs are read about once."""
     return (
         Round(_gather_sample, _bracket, scope, _sample_ranges),
-        Round(_gather_counts, _count, scope),
-        Round(_gather_counts, _recount, scope, _recount_ranges),
+        Round(_gather_inside, _count, scope),
+        Round(_gather_inside, _recount, scope, _recount_ranges),
         Round(_gather_ties, _cut, scope, _tie_ranges),
     )
 
 
-def _deltas(models: Sequence[Tensor], base: Tensor) -> list[Tensor]:
-    return [magnitude_bits(model - base) for model in models]
+def _bits(model: Tensor, base: Tensor) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """|model - base| rounded to float32, as int32 that order like the magnitudes. numpy, whose masks are much cheaper."""
+    import torch
+
+    bits: np.ndarray[Any, np.dtype[np.int32]] = (model - base).to(torch.float32).view(torch.int32).bitwise_and_(0x7FFFFFFF).numpy()
+    return bits
 
 
 def _sample_ranges(known: Sequence[Any], numel: int, parameters: Mapping[str, Any]) -> list[tuple[int, int]]:
-    if numel <= _SAMPLE_RANGES * _SAMPLE_LENGTH:
-        return []  # small enough to be counted without a bracket
-    step = numel // _SAMPLE_RANGES
-    return [(i * step, i * step + _SAMPLE_LENGTH) for i in range(_SAMPLE_RANGES)]
+    if numel <= _SMALL or min(parameters["density"]) >= 1:
+        return []
+    count = min(max(numel // _SAMPLE_EVERY, 32), _SAMPLE_RANGES)
+    step = numel // count
+    return [(i * step, i * step + _SAMPLE_LENGTH) for i in range(count)]
 
 
 def _gather_sample(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> Any:
-    return _deltas(models, base)
+    return [_bits(model, base) for model in models]
 
 
 def _bracket(partials: Sequence[Any], known: Any, numel: int, parameters: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Per model, bits between which the k-th largest almost surely lies; everything when there was no sample."""
-    import torch
+    import numpy as np
 
     brackets = []
     for model, density in enumerate(parameters["density"]):
         low, high = 0, _LARGEST_BITS
         if partials and density < 1:
-            sample, _ = torch.cat([partial[model] for partial in partials]).sort(descending=True)
+            sample = np.concatenate([partial[model] for partial in partials])
             share = kept(density, numel) / numel
-            middle = share * len(sample)
+            middle = (1 - share) * len(sample)
             # neighbours in a tensor are alike, so the sample is worth less than its length: six deviations, not two
             slack = 6 * math.sqrt(len(sample) * share * (1 - share)) + 16
-            if middle - slack > 0:
-                high = int(sample[int(middle - slack)])
-            if middle + slack < len(sample):
-                low = int(sample[int(middle + slack)])
+            places = [place for place in (int(middle - slack), int(middle + slack)) if 0 < place < len(sample)]
+            sample.partition(places)
+            low = int(sample[places[0]]) if middle - slack >= 1 else low
+            high = int(sample[places[-1]]) if middle + slack < len(sample) else high
         brackets.append((low, high))
     return brackets
 
 
 @dataclass(frozen=True)
-class _Counted:
-    """A chunk's share of one model: how many entries lie above the bracket, and the distinct values inside with their counts."""
+class _Inside:
+    """A chunk's share of one model: how many entries lie above the bracket, and the values inside.
 
+    `counts` is None where every value stands for itself; where many would be kept, equal ones are counted (deltas of bfloat16 models
+    repeat themselves), so memory stays small.
+    """
+
+    start: int
+    stop: int
     above: int
-    values: Tensor
-    counts: Tensor
+    values: Any
+    counts: Any
 
 
-def _gather_counts(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> Any:
-    import torch
+def _gather_inside(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> Any:
+    import numpy as np
 
-    brackets = known[2].brackets if len(known) > 2 else (known[1].brackets if len(known) > 1 else known[0])
-    found = []
-    for bits, bracket, density in zip(_deltas(models, base), brackets, parameters["density"], strict=True):
+    brackets = known[1].brackets if len(known) > 1 else known[0]
+    found: list[_Inside | None] = []
+    for model, bracket, density in zip(models, brackets, parameters["density"], strict=True):
         if density >= 1 or bracket is None:
             found.append(None)
             continue
         low, high = bracket
-        above = int((bits > high).sum())
-        values, counts = torch.unique(bits[(bits >= low) & (bits <= high)], return_counts=True)
-        found.append(_Counted(above, values, counts))
-    return start, start + models[0].numel(), found
+        bits = _bits(model, base)
+        above = int(np.count_nonzero(bits > high)) if high < _LARGEST_BITS else 0
+        # one unsigned comparison for low <= bits <= high
+        values = bits if low == 0 and high == _LARGEST_BITS else bits[(bits - low).view(np.uint32) <= np.uint32(high - low)]
+        counts = None
+        if len(values) > len(bits) // 64:
+            values, counts = np.unique(values, return_counts=True)
+        found.append(_Inside(start, start + len(bits), above, values, counts))
+    return found
+
+
+@dataclass(frozen=True)
+class _Threshold:
+    """The k-th magnitude of one model, how many of its equals stay in the named chunk, and that chunk (none before, all after)."""
+
+    bits: int
+    ties: int
+    chunk: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class _Thresholds:
-    """Per model: the k-th magnitude, how many entries equal to it stay, and in which chunk the last of them stands."""
+    """Per model the threshold, or a bracket to look for it in once more, or neither where everything stays."""
 
-    found: tuple[Any, ...]
-    brackets: tuple[Any, ...]
+    found: tuple[_Threshold | None, ...]
+    brackets: tuple[tuple[int, int] | None, ...]
 
 
 def _count(partials: Sequence[Any], known: Sequence[Any], numel: int, parameters: Mapping[str, Any]) -> _Thresholds:
     """Find every model's k-th magnitude; a model whose bracket missed it gets a bracket that cannot."""
-    found, brackets = [], []
+    found: list[_Threshold | None] = []
+    brackets: list[tuple[int, int] | None] = []
     for model, density in enumerate(parameters["density"]):
-        if density >= 1:
-            found.append(None)
-            brackets.append(None)
-            continue
+        threshold = None if density >= 1 else _threshold([partial[model] for partial in partials], kept(density, numel))
+        found.append(threshold if isinstance(threshold, _Threshold) else None)
         low, high = known[0][model]
-        threshold = _threshold([(a, b, counted[model]) for a, b, counted in partials], kept(density, numel))
-        found.append(threshold if isinstance(threshold, tuple) else None)
-        if isinstance(threshold, tuple):
-            brackets.append(None)
-        else:
-            brackets.append((high + 1, _LARGEST_BITS) if threshold == "above" else (0, low - 1))
+        missed = {"above": (high + 1, _LARGEST_BITS), "below": (0, low - 1)}
+        brackets.append(missed[threshold] if isinstance(threshold, str) else None)
     return _Thresholds(tuple(found), tuple(brackets))
 
 
@@ -180,49 +212,60 @@ def _recount(partials: Sequence[Any], known: Sequence[Any], numel: int, paramete
     found = list(known[1].found)
     for model, bracket in enumerate(known[1].brackets):
         if bracket is not None:
-            found[model] = _threshold(
-                [(a, b, counted[model]) for a, b, counted in partials], kept(parameters["density"][model], numel)
-            )
+            threshold = _threshold([partial[model] for partial in partials], kept(parameters["density"][model], numel))
+            assert isinstance(threshold, _Threshold)
+            found[model] = threshold
     return _Thresholds(tuple(found), (None,) * len(found))
 
 
-def _threshold(chunks: Sequence[tuple[int, int, _Counted]], k: int) -> tuple[int, int, tuple[int, int]] | str:
-    """(bits of the k-th largest, ties to keep in the named chunk, that chunk), or on which side of the bracket it lies."""
-    import torch
+def _threshold(chunks: Sequence[_Inside], k: int) -> _Threshold | Literal["above", "below"]:
+    """The k-th largest of all chunks, or on which side of the bracket it lies."""
+    import numpy as np
 
-    above = sum(counted.above for _, _, counted in chunks)
-    if above >= k:
+    rank = k - sum(chunk.above for chunk in chunks)  # among the values inside
+    if rank <= 0:
         return "above"
-    values, inverse = torch.unique(torch.cat([counted.values for _, _, counted in chunks]), return_inverse=True)
-    counts = torch.zeros(len(values), dtype=torch.int64).index_add_(0, inverse, torch.cat([c.counts for _, _, c in chunks]))
-    reached = above + counts.flip(0).cumsum(0)
-    place = int(torch.searchsorted(reached, k))
-    if place >= len(values):
-        return "below"
-    value = int(values.flip(0)[place])
-    ties = k - (int(reached[place - 1]) if place else above)
-    for start, stop, counted in chunks:
-        here = int(counted.counts[counted.values == value].sum())
+    values = np.concatenate([chunk.values for chunk in chunks])
+    if all(chunk.counts is None for chunk in chunks):
+        if rank > len(values):
+            return "below"
+        bits = int(np.partition(values, len(values) - rank)[len(values) - rank])
+        ties = rank - int(np.count_nonzero(values > bits))
+    else:
+        counts = np.concatenate([np.ones(len(c.values), np.int64) if c.counts is None else c.counts for c in chunks])
+        order = np.argsort(values)[::-1]
+        place = int(np.searchsorted(counts[order].cumsum(), rank))
+        if place >= len(values):
+            return "below"
+        bits = int(values[order[place]])
+        ties = rank - int(counts[values > bits].sum())
+    for chunk in chunks:
+        equal = chunk.values == bits
+        here = int(np.count_nonzero(equal) if chunk.counts is None else chunk.counts[equal].sum())
         if ties <= here:
-            return value, ties, (start, stop)
+            return _Threshold(bits, ties, (chunk.start, chunk.stop))
         ties -= here
     raise AssertionError("the chunks hold fewer ties than their counts say")
 
 
 def _tie_ranges(known: Sequence[Any], numel: int, parameters: Mapping[str, Any]) -> list[tuple[int, int]]:
-    return sorted({chunk for _, _, chunk in (found for found in known[2].found if found is not None)})
+    return sorted({threshold.chunk for threshold in known[2].found if threshold is not None})
 
 
 def _gather_ties(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> Any:
     """For the models whose last tie stands in this chunk: the position right after it."""
+    import numpy as np
+
     ends: dict[int, int] = {}
-    for model, (bits, found) in enumerate(zip(_deltas(models, base), known[2].found, strict=True)):
-        if found is not None and found[2][0] == start:
-            value, ties, _ = found
-            ends[model] = start + int((bits == value).nonzero()[ties - 1, 0]) + 1
+    for position, (model, threshold) in enumerate(zip(models, known[2].found, strict=True)):
+        if threshold is not None and threshold.chunk[0] == start:
+            equal = np.flatnonzero(_bits(model, base) == threshold.bits)
+            ends[position] = start + int(equal[threshold.ties - 1]) + 1
     return ends
 
 
 def _cut(partials: Sequence[Any], known: Sequence[Any], numel: int, parameters: Mapping[str, Any]) -> Cuts:
     ends = {model: end for partial in partials for model, end in partial.items()}
-    return Cuts(tuple(found and Cut(found[0], ends[model]) for model, found in enumerate(known[2].found)))
+    return Cuts(
+        tuple(None if one is None else Cut(one.bits, ends[model]) for model, one in enumerate(known[2].found))
+    )

@@ -18,10 +18,10 @@ def block_sums(values: Tensor) -> list[float]:
     return [float(block.sum(dtype=torch.float64)) for block in values.split(BLOCK_ELEMENTS)]
 
 
-def block_dots(left: Tensor, right: Tensor) -> list[float]:
-    """Inner products of two 1-D chunks, block by block, with float64 products."""
-    blocks = zip(left.split(BLOCK_ELEMENTS), right.split(BLOCK_ELEMENTS), strict=True)
-    return [float(a.double().dot(b.double())) for a, b in blocks]
+def block_dots(vectors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> list[list[float]]:
+    """Inner products of the named pairs of 1-D chunks: per pair one float64 number per block, with float64 products."""
+    blocks = [vector.double().split(BLOCK_ELEMENTS) for vector in vectors]
+    return [[float(a.dot(b)) for a, b in zip(blocks[i], blocks[j], strict=True)] for i, j in pairs]
 
 
 def total(partials: Sequence[Sequence[float]]) -> float:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from modelglue.checkpoint import Round
-from modelglue.methods._pruning import drop, length_ratios
+from modelglue.methods._pruning import length_ratios
 from modelglue.methods._sums import block_sums
-from modelglue.methods._task_vectors import add_elected
+from modelglue.methods._task_vectors import add_dropped_elected, dropped
 from modelglue.methods.registry import PerModel, Range, method, per_model
 
 if TYPE_CHECKING:
@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 def _gather(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> Any:
     found = []
     for model, numbers, density in zip(models, uniform, parameters["density"], strict=True):
-        delta = model - base
-        found.append((block_sums(delta.abs()), block_sums(drop(delta, numbers, density).abs())) if density < 1 else ([1.0], [1.0]))
+        if density >= 1:
+            found.append(([1.0], [1.0]))
+            continue
+        magnitude = (model - base).abs_()
+        before = block_sums(magnitude)
+        found.append((before, block_sums(dropped(magnitude, numbers, density))))
     return found
 
 
@@ -60,14 +64,13 @@ def dare_ties(
         rescale: make up for what was dropped.
         rescale_by: restore the L1 norm of each vector, or divide by the density as published.
     """
+    if lambda_ == 0.0:
+        return base
     if not rescale:
         ratios = [1.0] * len(models)
     elif rescale_by == "inverse":
         ratios = [1.0 / value for value in density]
     else:
         ratios = survey[0]
-    deltas = [
-        drop(model - base, numbers, value) * ratio
-        for model, numbers, value, ratio in zip(models, uniform, density, ratios, strict=True)
-    ]
-    return add_elected(base, deltas, weight, normalize=normalize, lambda_=lambda_)
+    scales = [share * ratio for share, ratio in zip(weight, ratios, strict=True)]
+    return add_dropped_elected(base, models, uniform, density, scales, weight, normalize, lambda_)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from modelglue.methods._task_vectors import weighted_sum
 from modelglue.methods.registry import PerModel, method
 
 if TYPE_CHECKING:
@@ -29,7 +30,4 @@ def linear(models: Sequence[Tensor], *, weight: PerModel[float], normalize: bool
         normalize: divide by the sum of the weights.
     """
     total = sum(weight) if normalize else 1.0
-    result = models[0] * (weight[0] / total)
-    for model, share in zip(models[1:], weight[1:], strict=True):
-        result += model * (share / total)
-    return result
+    return weighted_sum(models, [share / total for share in weight])

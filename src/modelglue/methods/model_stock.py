@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from modelglue.checkpoint import Round
 from modelglue.methods._sums import block_dots, total
+from modelglue.methods._task_vectors import add_scaled
 from modelglue.methods.registry import Unit, method
 
 if TYPE_CHECKING:
@@ -21,8 +22,7 @@ def _pairs(n: int) -> list[tuple[int, int]]:
 
 
 def _dots(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> Any:
-    deltas = [model - base for model in models]
-    return [block_dots(deltas[i], deltas[j]) for i, j in _pairs(len(deltas))]
+    return block_dots([model - base for model in models], _pairs(len(models)))
 
 
 def _ratio(partials: Sequence[Any], known: Any, numel: int, parameters: Mapping[str, Any]) -> float:
@@ -34,7 +34,10 @@ def _ratio(partials: Sequence[Any], known: Any, numel: int, parameters: Mapping[
         if i != j:
             length = math.sqrt(dots[i, i]) * math.sqrt(dots[j, j])
             cosines.append(max(-1.0, min(1.0, dots[i, j] / length)) if length > _NO_LENGTH**2 else 0.0)
-    mean = sum(cosines) / len(cosines) if cosines else 0.0
+    if parameters["angle_average"] == "angle":
+        mean = math.cos(sum(map(math.acos, cosines)) / len(cosines)) if cosines else 0.0
+    else:
+        mean = sum(cosines) / len(cosines) if cosines else 0.0
     divisor = 1 + (n - 1) * mean
     ratio = n * mean / divisor if abs(divisor) >= 1e-6 else 0.0
     return max(0.0, min(1.0, ratio)) if parameters["clip_ratio"] else ratio
@@ -50,7 +53,13 @@ def _rounds(parameters: Mapping[str, Any]) -> list[Round]:
 
 @method(unit=_unit, units=("element", "row"), survey=_rounds, models=(2, None), source="Model Stock, arXiv 2403.19522")
 def model_stock(
-    models: Sequence[Tensor], base: Tensor, survey: Sequence[float], *, filter_wise: bool = False, clip_ratio: bool = True
+    models: Sequence[Tensor],
+    base: Tensor,
+    survey: Sequence[float],
+    *,
+    filter_wise: bool = False,
+    clip_ratio: bool = True,
+    angle_average: Literal["cosine", "angle"] = "cosine",
 ) -> Tensor:
     """Interpolate between base and mean: B + r * mean(D), with r = n c / (1 + (n-1) c) from the mean cosine c of the deltas.
 
@@ -61,25 +70,29 @@ def model_stock(
     Parameters:
         filter_wise: one ratio for every row instead of one for the tensor.
         clip_ratio: keep r within [0, 1]; without it opposing models push the result away from them.
+        angle_average: take the mean of the pairs' cosines, or the cosine of their mean angle; with two models it is the same.
     """
     import torch
 
+    n = len(models)
+    if not filter_wise:
+        return add_scaled(base, models, [survey[0] / n] * n) if survey[0] else base
     deltas = [model - base for model in models]
-    n = len(deltas)
     mean = deltas[0].clone()
     for delta in deltas[1:]:
         mean += delta
     mean /= n
-    if not filter_wise:
-        return base + mean * survey[0]
     lengths = [delta.double().norm(dim=-1, keepdim=True) for delta in deltas]
     cosine = torch.zeros_like(lengths[0])
     for i in range(n):
         for j in range(i + 1, n):
             dot = (deltas[i].double() * deltas[j].double()).sum(dim=-1, keepdim=True)
             length = lengths[i] * lengths[j]
-            cosine += torch.where(length > _NO_LENGTH**2, (dot / length.clamp(min=1e-300)).clamp(-1, 1), torch.zeros_like(dot))
+            pair = torch.where(length > _NO_LENGTH**2, (dot / length.clamp(min=1e-300)).clamp(-1, 1), 0.0)
+            cosine += pair.acos() if angle_average == "angle" else pair
     cosine /= n * (n - 1) / 2
+    if angle_average == "angle":
+        cosine = cosine.cos()
     divisor = 1 + (n - 1) * cosine
     ratio = torch.where(divisor.abs() >= 1e-6, n * cosine / divisor, torch.zeros_like(cosine))
     if clip_ratio:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint import Round
 from modelglue.methods._sums import block_dots, total
+from modelglue.methods._task_vectors import weighted_sum
 from modelglue.methods.registry import method
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ _NO_LENGTH = 1e-8
 
 
 def _dots(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> Any:
-    return block_dots(base, base), block_dots(models[0], models[0]), block_dots(base, models[0])
+    return block_dots([base, models[0]], [(0, 0), (1, 1), (0, 1)])
 
 
 def _angle(partials: Sequence[Any], known: Any, numel: int, parameters: Mapping[str, Any]) -> float | None:
@@ -47,5 +48,5 @@ def slerp(models: Sequence[Tensor], base: Tensor, survey: Sequence[float | None]
         return models[0]
     angle = survey[0]
     if angle is None:
-        return base * (1.0 - t) + models[0] * t
-    return base * (math.sin((1.0 - t) * angle) / math.sin(angle)) + models[0] * (math.sin(t * angle) / math.sin(angle))
+        return weighted_sum([base, models[0]], [1.0 - t, t])
+    return weighted_sum([base, models[0]], [math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)])

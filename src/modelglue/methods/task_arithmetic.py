@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from modelglue.methods._task_vectors import add_sum
+from modelglue.methods._task_vectors import add_scaled, divisor
 from modelglue.methods.registry import PerModel, method
 
 if TYPE_CHECKING:
@@ -25,4 +25,7 @@ def task_arithmetic(
         lambda_: scale of the sum.
         normalize: divide the sum by the sum of the weights.
     """
-    return add_sum(base, [model - base for model in models], weight, normalize=normalize, lambda_=lambda_)
+    if lambda_ == 0.0:
+        return base
+    shared = lambda_ / divisor(weight, normalize)
+    return add_scaled(base, models, [share * shared for share in weight])

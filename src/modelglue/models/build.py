@@ -1,0 +1,36 @@
+"""The empty model that a config describes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from modelglue.errors import CheckpointError
+
+
+def empty_model(config: Mapping[str, Any], label: str, *, meta: bool = False) -> Any:
+    """A causal language model of the config's class, in float32 and evaluation mode, with uninitialised weights.
+
+    With `meta` no memory is allocated for weights. Code that comes with a model is never run: CheckpointError for a config
+    whose class transformers does not have.
+    """
+    # Models are described by configs at hand; nothing here has a reason to ask the hub.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    values = dict(config)
+    kind = values.pop("model_type", None)
+    if kind is None:
+        raise CheckpointError(f"{label}: its config.json has no model_type, so no live model can be made of it.")
+    try:
+        parsed = AutoConfig.for_model(kind, **values)
+        with torch.device("meta") if meta else nullcontext(), no_init_weights():
+            model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{label}: transformers cannot build model_type '{kind}' from its config: {error}") from error
+    model.tie_weights()  # part of the initialisation that was left out
+    return model.eval()

@@ -1,0 +1,47 @@
+"""What the run needed: counts that are a function of the inputs, and (apart from them) the times in the log."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from modelglue.report import text
+
+
+def counts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    cost = results["cost"]
+    return [
+        ("models and candidates scored", text.count(cost["candidates"])),
+        ("items scored", text.count(cost["items_scored"])),
+        ("weights in the zoo", text.size(cost["bytes_read"])),
+    ]
+
+
+def times(log: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Seconds per step, added up over all processes that worked on the run; None for an empty log."""
+    spent: dict[str, float] = {}
+    for line in log:
+        seconds = line.get("seconds")
+        if isinstance(seconds, int | float):
+            spent[line["event"]] = spent.get(line["event"], 0.0) + seconds
+    stamps = [line["time"] for line in log if isinstance(line.get("time"), int | float)]
+    if not spent and not stamps:
+        return None
+    total = sum(spent.values())
+    return {
+        "rows": [
+            {"name": name, "text": text.duration(seconds), "bar": f"--w:{seconds / total if total else 0:.4f}"}
+            for name, seconds in spent.items()
+        ],
+        "total": text.duration(total),
+        "batches": text.count(sum(line["event"] == "batch" for line in log)),
+        "first": _stamp(min(stamps, default=None)),
+        "last": _stamp(max(stamps, default=None)),
+    }
+
+
+def _stamp(seconds: float | None) -> str:
+    if seconds is None:
+        return text.NOTHING
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
