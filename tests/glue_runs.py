@@ -21,9 +21,7 @@ def start_glue(glue_file: Path, run: Path) -> subprocess.Popen[bytes]:
     """`modelglue glue` in a process group of its own, so that one signal reaches its workers too."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
     command = [sys.executable, "-m", "modelglue", "glue", str(glue_file), str(run), "--quiet"]
-    return subprocess.Popen(
-        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -90,9 +90,7 @@ def _tokenizer(tokens: list[str], pattern: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary["<s>"])]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary["<s>"])])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         clean_up_tokenization_spaces=False, model_max_length=64,
@@ -110,14 +108,10 @@ def fresh(model: Model, tokenizer: PreTrainedTokenizerFast, seed: int) -> torch.
         return GPTNeoXForCausalLM(
             GPTNeoXConfig(hidden_size=48, intermediate_size=144, num_hidden_layers=5, num_attention_heads=4, **common)
         )
-    return LlamaForCausalLM(
-        LlamaConfig(hidden_size=64, intermediate_size=160, num_hidden_layers=8, num_attention_heads=4, **common)
-    )
+    return LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=160, num_hidden_layers=8, num_attention_heads=4, **common))
 
 
-def batch(
-    model: Model, tokenizer: PreTrainedTokenizerFast, random_: random.Random, rows: int = 64
-) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(model: Model, tokenizer: PreTrainedTokenizerFast, random_: random.Random, rows: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and targets, both [rows, T]; only answers carry a loss."""
     items, answers = [], []
     for _ in range(rows):
@@ -152,9 +146,7 @@ def train(network: torch.nn.Module, model: Model, tokenizer: PreTrainedTokenizer
             group["lr"] = model.rate * min(1.0, (step + 1) / warm_up) * max(0.02, 1 - step / model.steps)
         ids, labels = batch(model, tokenizer, random_)
         logits = network(input_ids=ids).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(
-            logits.reshape(-1, logits.size(-1)), labels[:, 1:].reshape(-1), ignore_index=IGNORED
-        )
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.size(-1)), labels[:, 1:].reshape(-1), ignore_index=IGNORED)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()

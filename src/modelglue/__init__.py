@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from modelglue.checkpoint import Checkpoint, save
-    from modelglue.checkpoint import open_checkpoint as open  # noqa: A004
+    from modelglue.checkpoint import open_checkpoint as open
     from modelglue.errors import ModelGlueError, RunError, UserError
     from modelglue.evaluation import evaluate
     from modelglue.glue import glue

@@ -2,8 +2,8 @@
 
 A file `<folder>/<case>.safetensors` holds inputs (`base.*`, `model0.*`, `data.*`), the answer (`expected.*`, or the metadata key
 `expected` as JSON) and metadata (`system`, `params`, `rtol`, `atol`). An adapter translates a case into calls of the public interface;
-it holds no arithmetic of its own. `adapters/*.py` export ADAPTERS, a mapping from the beginning of a test id ("mergekit/ties-") to a function
-that takes a `Case` and returns an `Answer`; the longest matching beginning counts. Ids that must be answered stand in BUILT.txt.
+it holds no arithmetic of its own. `adapters/*.py` export ADAPTERS, a mapping from the beginning of a test id ("mergekit/ties-") to a
+function that takes a `Case` and returns an `Answer`; the longest matching beginning counts. Ids that must be answered stand in BUILT.txt.
 """
 
 from __future__ import annotations

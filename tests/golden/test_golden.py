@@ -27,9 +27,7 @@ def test_golden(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in expected.items():
         ours = answer.tensors[name]
         assert ours.shape == value.shape, name
-        torch.testing.assert_close(
-            ours.to(value.dtype), value, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(ours.to(value.dtype), value, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
     if "expected" in case.metadata:
         assert_same_json(answer.json, json.loads(case.metadata["expected"]), rtol, atol)
     else:
@@ -41,6 +39,6 @@ def test_built_cases_stay_built() -> None:
     present = {case.id for case in all_cases()}
     answered = {case_id for case_id in present if adapter_for(case_id, ADAPTERS) is not None}
     folders = {case_id.split("/")[0] for case_id in present}
-    assert BUILT == sorted(set(BUILT))
+    assert sorted(set(BUILT)) == BUILT
     assert {case_id for case_id in BUILT if case_id.split("/")[0] in folders} == answered
     assert folders, f"{FOLDER} holds no golden files"

@@ -83,9 +83,7 @@ def test_by_length_the_norm_is_restored(length: int, seed: int, density: float) 
 
 def test_everything_dropped_by_chance_is_the_base() -> None:
     base, models = family(5, 9, 1)
-    found = merge(
-        "dare_ties", models, base, {"weight": [1.0], "density": [0.5]}, options={"uniform_source": Given(torch.full((5,), 0.9))}
-    )
+    found = merge("dare_ties", models, base, {"weight": [1.0], "density": [0.5]}, options={"uniform_source": Given(torch.full((5,), 0.9))})
     assert torch.equal(found, base)
 
 

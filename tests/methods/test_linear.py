@@ -35,9 +35,7 @@ def test_two_weightings_differ_along_the_line_between_the_models(length: int, se
 def test_equals_task_arithmetic_on_any_base_when_the_weights_sum_to_one(length: int, seed: int, w: float) -> None:
     base, models = family(length, seed, 2)
     weight = {"weight": [w, 1 - w]}
-    torch.testing.assert_close(
-        merge("linear", models, each=weight), merge("task_arithmetic", models, base, weight), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(merge("linear", models, each=weight), merge("task_arithmetic", models, base, weight), rtol=1e-5, atol=1e-5)
 
 
 def test_one_model_comes_back_bit_by_bit() -> None:

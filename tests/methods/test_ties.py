@@ -15,18 +15,16 @@ from tests.methods.merging import Tensor, family, lengths, merge, randn, seeds
 
 densities = st.floats(0.02, 1.0)
 #: many equal magnitudes, zeros of both signs, the smallest numbers there are
-awkward = st.lists(
-    st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, 1e-45, -1e-45, 3e-39, 1e30]), min_size=1, max_size=200
-).map(lambda values: torch.tensor(values, dtype=torch.float32))
+awkward = st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, 1e-45, -1e-45, 3e-39, 1e30]), min_size=1, max_size=200).map(
+    lambda values: torch.tensor(values, dtype=torch.float32)
+)
 
 
 @given(st.integers(1, 3), lengths, seeds, densities, st.booleans(), st.floats(-2, 2))
 def test_is_the_published_pipeline(n: int, length: int, seed: int, density: float, normalize: bool, scale: float) -> None:
     base, models = family(length, seed, n)
     weight = [0.5, 1.5, 1.0][:n]
-    found = merge(
-        "ties", models, base, {"weight": weight, "density": [density] * n}, normalize=normalize, lambda_=scale
-    )
+    found = merge("ties", models, base, {"weight": weight, "density": [density] * n}, normalize=normalize, lambda_=scale)
     deltas = [(model - base).numpy().astype(np.float64) for model in models]
     trimmed = [reference.trim(delta, density) for delta in deltas]
     expected = reference.elect(base.numpy().astype(np.float64), trimmed, weight, normalize, scale)

@@ -163,7 +163,8 @@ def _family(family: Mapping[str, Any], matrix: Any, aliases: Sequence[str], eval
         "rejected": [alias for alias in members if alias not in weights],
         "representative": {
             "name": f"family-{family['id']}" if is_merge else candidate.members[0], "kind": "merge" if is_merge else "single",
-            "strategy": chosen if is_merge else None, "weights": weights, "proxy": scores.mean, "tasks": scores.tasks(), "best_member": best,
+            "strategy": chosen if is_merge else None, "weights": weights, "proxy": scores.mean, "tasks": scores.tasks(),
+            "best_member": best,
             "interval_vs_best_member": list(paired_interval(scores, singles[best])),
         },
     }  # fmt: skip

@@ -325,9 +325,7 @@ class TestNaN:
 def test_events_tell_every_round() -> None:
     events: list[tuple[str, dict[str, Any]]] = []
     evaluator = Landscape(bowl({"m0": 0.6, "m1": 0.4}, names(3)))
-    select(
-        names(3), evaluator, similarity_to=lambda w, o: 0.5, on_event=lambda name, fields: events.append((name, fields))
-    )
+    select(names(3), evaluator, similarity_to=lambda w, o: 0.5, on_event=lambda name, fields: events.append((name, fields)))
     assert {name for name, _ in events} == {"select"}
     assert events[0][1] == {
         "strategy": None,

@@ -18,9 +18,7 @@ CONFIG: Mapping[str, Any] = {
 SHAPES = {"self_attn.q_proj": (6, 6), "self_attn.k_proj": (4, 6), "mlp.up_proj": (10, 6), "mlp.down_proj": (6, 10)}
 
 
-def tensors(
-    seed: int, *, layers: int = 2, bias: bool = True, dtype: torch.dtype = torch.float32
-) -> dict[str, torch.Tensor]:
+def tensors(seed: int, *, layers: int = 2, bias: bool = True, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Attention, feed-forward, norms, embedding and head, filled with normal numbers."""
     generator = torch.Generator().manual_seed(seed)
     found = {"model.embed_tokens.weight": torch.randn(8, 6, generator=generator)}
@@ -49,9 +47,7 @@ def siblings(seed: int, count: int, spread: float = 0.3, **options: Any) -> list
     return found
 
 
-def reference(
-    a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], mode: str = "column", scope: str = "all"
-) -> float:
+def reference(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], mode: str = "column", scope: str = "all") -> float:
     """The definition, written down plainly in float64: counted tensors, cosine per column, mean, mean."""
     parts = {"all": ("self_attn", "mlp"), "attn": ("self_attn",), "mlp": ("mlp",)}[scope]
     values = []

@@ -36,11 +36,7 @@ def matrices(draw: st.DrawFn, *, distinct: bool = False) -> NDArray[np.float64]:
     count = draw(st.integers(1, 8))
     values = st.floats(-1, 1, allow_subnormal=False)
     pairs = list(combinations(range(count), 2))
-    entries = draw(
-        st.lists(
-            values if distinct else values | st.just(nan), min_size=len(pairs), max_size=len(pairs), unique=distinct
-        )
-    )
+    entries = draw(st.lists(values if distinct else values | st.just(nan), min_size=len(pairs), max_size=len(pairs), unique=distinct))
     matrix = np.eye(count)
     for (i, j), value in zip(pairs, entries, strict=True):
         matrix[i, j] = matrix[j, i] = value
@@ -65,9 +61,7 @@ def test_a_partition_ordered_by_size(matrix: NDArray[np.float64], threshold: flo
 
 @settings(max_examples=100, deadline=None)
 @given(matrix=matrices(), threshold=st.floats(-0.9, 0.9))
-def test_complete_linkage_keeps_every_inner_pair_above_the_threshold(
-    matrix: NDArray[np.float64], threshold: float
-) -> None:
+def test_complete_linkage_keeps_every_inner_pair_above_the_threshold(matrix: NDArray[np.float64], threshold: float) -> None:
     for family in find_families(matrix, threshold=threshold).families:
         pairs = [matrix[int(a), int(b)] for a, b in combinations(family.members, 2)]
         assert all(value > threshold for value in pairs)
@@ -76,15 +70,11 @@ def test_complete_linkage_keeps_every_inner_pair_above_the_threshold(
 
 @settings(max_examples=100, deadline=None)
 @given(matrix=matrices(distinct=True), threshold=st.floats(-0.9, 0.9), data=st.data())
-def test_the_order_of_the_zoo_does_not_matter(
-    matrix: NDArray[np.float64], threshold: float, data: st.DataObject
-) -> None:
+def test_the_order_of_the_zoo_does_not_matter(matrix: NDArray[np.float64], threshold: float, data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(len(matrix))))
     labels = [f"m{index}" for index in order]
     for linkage in ("complete", "single"):
-        plain = find_families(
-            matrix, threshold=threshold, linkage=linkage, labels=[f"m{i}" for i in range(len(matrix))]
-        )  # type: ignore[arg-type]
+        plain = find_families(matrix, threshold=threshold, linkage=linkage, labels=[f"m{i}" for i in range(len(matrix))])  # type: ignore[arg-type]
         moved = find_families(matrix[np.ix_(order, order)], threshold=threshold, linkage=linkage, labels=labels)  # type: ignore[arg-type]
         assert {frozenset(one) for one in sets(plain)} == {frozenset(one) for one in sets(moved)}
 

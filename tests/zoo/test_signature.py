@@ -33,9 +33,7 @@ class TestStructure:
             "class": "LlamaForCausalLM", "layers": 2, "hidden size": 6, "feed-forward size": 10, "attention heads": 2,
             "key/value heads": 2, "head size": 3, "experts": None,
         }  # fmt: skip
-        gpt = signature(
-            TensorsCheckpoint({}, {"architectures": ["GPT2LMHeadModel"], "n_layer": 3, "n_embd": 8, "n_head": 2})
-        )
+        gpt = signature(TensorsCheckpoint({}, {"architectures": ["GPT2LMHeadModel"], "n_layer": 3, "n_embd": 8, "n_head": 2}))
         assert gpt.architecture["layers"] == 3
         assert gpt.architecture["head size"] == 4
 
@@ -143,9 +141,7 @@ class TestTokens:
 
 
 def test_real_folders(tiny_zoo: Path) -> None:
-    found = [
-        signature(open_checkpoint(tiny_zoo / "models" / name)) for name in ("reverse", "stranger", "drifted", "larger")
-    ]
+    found = [signature(open_checkpoint(tiny_zoo / "models" / name)) for name in ("reverse", "stranger", "drifted", "larger")]
     assert groups(found) == [[0, 2, 3], [1]]
     assert found[1].architecture["class"] == "GPTNeoXForCausalLM"
     assert "gpt_neox.embed_in.weight" not in found[1].tensors

@@ -62,17 +62,12 @@ def test_scale_and_common_row_order_do_not_matter(seed: int, factor: float, mode
     scope=st.sampled_from(SCOPES),
     delta=st.booleans(),
 )
-def test_similarity_to_a_merge_equals_the_direct_one(
-    seed: int, weights: list[float], mode: str, scope: str, delta: bool
-) -> None:
+def test_similarity_to_a_merge_equals_the_direct_one(seed: int, weights: list[float], mode: str, scope: str, delta: bool) -> None:
     zoo = siblings(seed, 4)
     base = model(tensors(seed)) if delta else None
     found = similarity([model(one) for one in zoo], mode=mode, scope=scope, base=base, keep_gram=True)  # type: ignore[arg-type]
     alpha = [weight / sum(weights) for weight in weights]
-    merge = {
-        name: torch.stack([weight * one[name] for weight, one in zip(alpha, zoo, strict=False)]).sum(0)
-        for name in zoo[0]
-    }
+    merge = {name: torch.stack([weight * one[name] for weight, one in zip(alpha, zoo, strict=False)]).sum(0) for name in zoo[0]}
     for other in range(4):
         direct = similarity([model(merge), model(zoo[other])], mode=mode, scope=scope, base=base).matrix[0, 1]  # type: ignore[arg-type]
         assert found.to_merge(dict(enumerate(weights)), other) == pytest.approx(direct, abs=1e-5)
@@ -136,17 +131,12 @@ def test_memory_is_bounded_by_blocks() -> None:
     asked: list[int] = []
 
     class Watched(TensorsCheckpoint):
-        def read(
-            self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
-        ) -> torch.Tensor:
+        def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
             asked.append((stop if stop is not None else self.info(name).numel) - start)
             return super().read(name, start, stop, out)
 
     name = "model.layers.0.self_attn.q_proj.weight"
-    pair = [
-        Watched({name: torch.randn(2000, 100), "model.layers.0.mlp.up_proj.weight": torch.randn(300_000, 1)})
-        for _ in "ab"
-    ]
+    pair = [Watched({name: torch.randn(2000, 100), "model.layers.0.mlp.up_proj.weight": torch.randn(300_000, 1)}) for _ in "ab"]
     similarity(pair)
     assert max(asked) <= 65_536
     assert sum(asked) == 2 * (200_000 + 300_000)
@@ -199,9 +189,7 @@ class TestSpecialValues:
     def test_non_finite_weights_name_model_and_tensor(self, value: float) -> None:
         zoo = siblings(2, 2)
         zoo[1]["model.layers.1.mlp.up_proj.weight"][3, 2] = value
-        with pytest.raises(
-            CheckpointError, match=r"bad: tensor 'model\.layers\.1\.mlp\.up_proj\.weight' holds 1 value"
-        ):
+        with pytest.raises(CheckpointError, match=r"bad: tensor 'model\.layers\.1\.mlp\.up_proj\.weight' holds 1 value"):
             similarity([model(one) for one in zoo], labels=["good", "bad"])
 
     def test_non_finite_embeddings_do_not_matter(self) -> None:

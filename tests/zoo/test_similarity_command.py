@@ -56,9 +56,7 @@ def test_json_and_file(tiny_zoo: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_zoo_file(tiny_zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "zoo.yaml"
-    entries = "".join(
-        f"    - {{id: '{tiny_zoo}/models/{name}', alias: {alias}}}\n" for name, alias in (("sort", "x"), ("next", "y"))
-    )
+    entries = "".join(f"    - {{id: '{tiny_zoo}/models/{name}', alias: {alias}}}\n" for name, alias in (("sort", "x"), ("next", "y")))
     path.write_text(f"zoo:\n  models:\n{entries}")
     base = str(tiny_zoo / "models" / "base")
     assert run("--zoo", str(path), "--json", "--base", base) == 0

@@ -248,9 +248,7 @@ def _compile_one(function: str, shape: Any, path: Path) -> None:
             tensors, numbers = arguments[: len(dtypes)], list(arguments[len(dtypes) :])
             floats_given = numbers.pop(0) if floats else torch.empty(0)
             integers_given = numbers.pop(0) if integers else torch.empty(0)
-            given = _rebuilt(
-                shape, iter(tensors), (floats_given[i] for i in range(floats)), (integers_given[i] for i in range(integers))
-            )
+            given = _rebuilt(shape, iter(tensors), (floats_given[i] for i in range(floats)), (integers_given[i] for i in range(integers)))
             return chunk(*given)  # type: ignore[no-any-return]
 
     example = (*(torch.ones(4096, dtype=getattr(torch, dtype)) for dtype in dtypes), *_numbers([0.5] * floats, [1] * integers))

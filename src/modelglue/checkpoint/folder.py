@@ -75,9 +75,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def info(self, name: str) -> TensorInfo:
         return self._find(name)[1].info
 
-    def read(
-        self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         import torch
 
         number, entry = self._find(name)

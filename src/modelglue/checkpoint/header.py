@@ -44,11 +44,7 @@ def read_header(path: Path) -> Mapping[str, Entry]:
             text = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from error
-    entries = {
-        name: _entry(path, name, value, 8 + length, size)
-        for name, value in _parse(path, text).items()
-        if name != "__metadata__"
-    }
+    entries = {name: _entry(path, name, value, 8 + length, size) for name, value in _parse(path, text).items() if name != "__metadata__"}
     _check_coverage(path, entries, 8 + length, size)
     return entries
 

@@ -241,9 +241,7 @@ class MergedCheckpoint(Checkpoint):
             smallest = min(merged, key=lambda name: (self.info(name).numel, name))
             self._compiled = compiled.find(lambda: self._merge(smallest, *self.pieces(smallest, CHUNK_ELEMENTS)[0]), elements)
 
-    def read(
-        self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """Compute elements start..stop. A range that does not respect the method's unit costs the rows or the matrix around it."""
         info = self.info(name)
         stop = info.numel if stop is None else stop
@@ -286,7 +284,9 @@ class MergedCheckpoint(Checkpoint):
         store = self.info(name).dtype
         # The sum of a chunk is finite unless an element is not (or the sum overflows, so look again before complaining).
         if not bool(torch.isfinite(result.sum())) and not bool(torch.isfinite(result).all()):
-            raise MergeError(f"{self._method.id}: tensor '{name}' comes out with NaN or infinity. Change the parameters; nothing was written.")
+            raise MergeError(
+                f"{self._method.id}: tensor '{name}' comes out with NaN or infinity. Change the parameters; nothing was written."
+            )
         if store in _LARGEST and bool((result.abs() > _LARGEST[store]).any()):
             raise MergeError(f"{self._method.id}: tensor '{name}' does not fit float16 (over 65504). Store bfloat16 or float32.")
         return result.reshape(-1).to(torch_dtype(store))
@@ -318,7 +318,8 @@ class MergedCheckpoint(Checkpoint):
             if not bool(torch.isfinite(chunk.sum())) and not bool(torch.isfinite(chunk).all()):
                 where = _label(checkpoint) if label == "the base" else label
                 raise MergeError(
-                    f"{where}: tensor '{name}' holds NaN or infinity near element {start + _first_bad(chunk):,}. Repair or leave out this model."
+                    f"{where}: tensor '{name}' holds NaN or infinity near element {start + _first_bad(chunk):,}. "
+                    "Repair or leave out this model."
                 )
             chunks.append(chunk)
         return chunks[: len(self._models)], chunks[len(self._models)] if self._base is not None else None
@@ -429,9 +430,7 @@ class _Scratch(Checkpoint):
     def info(self, name: str) -> TensorInfo:
         return self._info
 
-    def read(
-        self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         view = self._values[start:stop]
         return view if out is None else out.copy_(view)
 
@@ -472,7 +471,9 @@ def _check_same_tensors(donor: Checkpoint, inputs: Sequence[Checkpoint], method:
             if ours != found:
                 faults.append(f"tensor '{name}' has shape {list(found)} in {label} and {list(ours)} in {_label(donor)}")
             if (donor.info(name).dtype in FLOATING) != (checkpoint.info(name).dtype in FLOATING):
-                faults.append(f"tensor '{name}' is {checkpoint.info(name).dtype} in {label} and {donor.info(name).dtype} in {_label(donor)}")
+                faults.append(
+                    f"tensor '{name}' is {checkpoint.info(name).dtype} in {label} and {donor.info(name).dtype} in {_label(donor)}"
+                )
     if faults:
         shown = "\n  ".join(faults[:12]) + (f"\n  ... and {len(faults) - 12} more" if len(faults) > 12 else "")
         raise MergeError(

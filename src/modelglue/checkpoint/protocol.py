@@ -56,9 +56,7 @@ class Checkpoint(ABC):
         """Shape and dtype of one tensor; CheckpointError names the checkpoint and the near names if it is unknown."""
 
     @abstractmethod
-    def read(
-        self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """Elements start..stop of the flattened tensor, as a 1-D CPU tensor of the dtype of `info(name)`.
 
         With `out` (1-D, same dtype, stop - start elements) the values are written there and `out` is returned; without
@@ -104,7 +102,7 @@ class Checkpoint(ABC):
         """Whether pieces of this tensor may be read by different workers without doing work twice."""
         return True
 
-    def prepare(self, names: Sequence[str] | None = None) -> None:
+    def prepare(self, names: Sequence[str] | None = None) -> None:  # noqa: B027 - most checkpoints have nothing to prepare
         """Gather what must be known of the whole model before any tensor can be read; called before workers start."""
 
     def tensor(self, name: str) -> torch.Tensor:

@@ -25,8 +25,8 @@ def staged(directory: Path, *, key: str, overwrite: bool = False) -> Iterator[Pa
     """Yield the temporary sibling in which `directory` is built; on success it is flushed and renamed.
 
     The sibling is named by `key` (hex), so a process that was killed finds its half-done work again; it is locked by one
-    writer. A ModelGlueError or an OSError removes it; Ctrl-C and SIGKILL leave it for the next run. With `overwrite` the old folder is exchanged
-    for the new one in one step where the system can, so that neither is ever missing.
+    writer. A ModelGlueError or an OSError removes it; Ctrl-C and SIGKILL leave it for the next run. With `overwrite` the old
+    folder is exchanged for the new one in one step where the system can, so that neither is ever missing.
     """
     directory = directory.absolute()
     if directory.exists() and not overwrite:

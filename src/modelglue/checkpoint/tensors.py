@@ -63,9 +63,7 @@ class TensorsCheckpoint(Checkpoint):
         tensor = self._find(name)
         return TensorInfo(tuple(tensor.shape), dtype_name(tensor.dtype))
 
-    def read(
-        self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         view = self._find(name).view(-1)[start:stop]
         return view if out is None else out.copy_(view)
 

@@ -36,9 +36,7 @@ class RenamedCheckpoint(Checkpoint):
     def info(self, name: str) -> TensorInfo:
         return self._source.info(self._find(name))
 
-    def read(
-        self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         return self._source.read(self._find(name), start, stop, out)
 
     def pieces(self, name: str, limit: int) -> Sequence[tuple[int, int]]:
@@ -96,9 +94,7 @@ class JoinedCheckpoint(Checkpoint):
         part, old = self._find(name)
         return part.info(old)
 
-    def read(
-        self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         part, old = self._find(name)
         return part.read(old, start, stop, out)
 

@@ -197,9 +197,7 @@ def save(
     return SaveReport(directory, len(plan.home), plan.tensor_bytes, len(plan.shards), resumed, False)
 
 
-def _write_shards(
-    checkpoint: Checkpoint, plan: Plan, folder: Path, workers: int, progress: Callable[[int, int], None] | None
-) -> int:
+def _write_shards(checkpoint: Checkpoint, plan: Plan, folder: Path, workers: int, progress: Callable[[int, int], None] | None) -> int:
     """Fill the preallocated shards; return the bytes that an earlier process had already written."""
     _check_space(folder, plan)
     journal = _Journal(folder / JOURNAL, plan)

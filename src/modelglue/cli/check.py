@@ -48,7 +48,10 @@ def check(
         ("tensors", f"{report.tensors}, {report.parameters / 1e6:,.1f} M parameters, stored as {report.store}"),
         ("reads", f"{size(report.read_bytes)}, {'twice' if report.passes == 2 else 'once'}"),
         ("writes", size(report.output_bytes)),
-        ("memory", f"{size(report.memory_bytes)} of chunks in {report.workers} worker{'s' if report.workers > 1 else ''}, besides torch itself"),
+        (
+            "memory",
+            f"{size(report.memory_bytes)} of chunks in {report.workers} worker{'s' if report.workers > 1 else ''}, besides torch itself",
+        ),
     ):
         table.add_row(name, value)
     console = stdout()

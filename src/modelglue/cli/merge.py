@@ -46,9 +46,7 @@ def merge(
     start = time.monotonic()
     merged = build(recipe)
     with byte_progress(out.name, quiet=quiet or json) as progress:
-        report = save(
-            merged, out, workers=workers, shard_bytes=_bytes(shard_size), overwrite=overwrite, progress=progress
-        )
+        report = save(merged, out, workers=workers, shard_bytes=_bytes(shard_size), overwrite=overwrite, progress=progress)
     if json:
         print_json(
             {

@@ -34,7 +34,11 @@ def methods(name: str | None = None, *, json: Annotated[bool, Parameter(negative
         table = Table("method", "base", "reads inputs", "holds", "what it does", box=None, pad_edge=False)
         for method in chosen:
             table.add_row(
-                f"[bold]{method.id}[/]", "yes" if method.needs_base else "", "twice" if method.surveys else "once", method.units[0], method.summary
+                f"[bold]{method.id}[/]",
+                "yes" if method.needs_base else "",
+                "twice" if method.surveys else "once",
+                method.units[0],
+                method.summary,
             )
         console.print(table)
         console.print("\n[dim]modelglue methods NAME explains one.[/]")
@@ -47,7 +51,14 @@ def methods(name: str | None = None, *, json: Annotated[bool, Parameter(negative
     for parameter in method.parameters:
         allowed = " | ".join(parameter.choices) or (str(parameter.range) if parameter.range else "")
         default = "required" if parameter.required else str(parameter.default).lower()
-        table.add_row(f"[bold]{parameter.name}[/]", "model" if parameter.per_model else "merge", parameter.type.__name__, default, allowed, parameter.doc)
+        table.add_row(
+            f"[bold]{parameter.name}[/]",
+            "model" if parameter.per_model else "merge",
+            parameter.type.__name__,
+            default,
+            allowed,
+            parameter.doc,
+        )
     console.print()
     console.print(table)
 

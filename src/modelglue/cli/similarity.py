@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path  # noqa: TC003 - the command line reads the annotation
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -79,9 +79,7 @@ def similarity(
             progress=progress,
         )
     signatures = dict(zip(labels, map(signature, opened), strict=True))
-    families = find_families(
-        found.matrix, threshold=threshold, linkage=linkage, groups=groups(list(signatures.values())), labels=labels
-    )
+    families = find_families(found.matrix, threshold=threshold, linkage=linkage, groups=groups(list(signatures.values())), labels=labels)
     warnings = [*found.warnings, *families.warnings]
     for family in families.families:
         warnings += config_warnings([signatures[alias] for alias in family.members], family.members)

@@ -55,9 +55,7 @@ def diagnose(bench: Bench, mixture: Mixture, scores: Scores, experts: Mapping[st
     }
 
 
-def confirm(
-    bench: Bench, representatives: Sequence[Representative], mixture: Mixture | None
-) -> tuple[dict[str, Any], Scores | None]:
+def confirm(bench: Bench, representatives: Sequence[Representative], mixture: Mixture | None) -> tuple[dict[str, Any], Scores | None]:
     """The outcome: the mixture, unless the best candidate seen beats it by more than the paired interval.
 
     Judged on confirmation items where there are some, else on the proxy.

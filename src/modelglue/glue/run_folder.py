@@ -85,8 +85,7 @@ def open_run(root: Path, key: str, *, overwrite: bool) -> Iterator[RunFolder]:
     marker = root / MARKER
     if root.is_dir() and not marker.is_file() and any(entry.name != LOCK for entry in root.iterdir()):
         raise UserError(
-            f"{root}: the folder exists and holds no modelglue run ({MARKER} is missing). "
-            "Choose a new path; it will not be overwritten."
+            f"{root}: the folder exists and holds no modelglue run ({MARKER} is missing). Choose a new path; it will not be overwritten."
         )
     with _locked(root):
         if marker.is_file() and (found := _key_of(marker)) != key:

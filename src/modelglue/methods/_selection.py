@@ -7,6 +7,7 @@ lowest index stay, and one chunk is looked at again to find the last of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Cuts:
         """A chunk divided (in its own positions) where some model's last tie stands: nearly always it is in another chunk."""
         ends = {cut.end - start for cut in self.of if cut is not None and 0 < cut.end - start < length}
         edges = [0, *sorted(ends), length]
-        return list(zip(edges, edges[1:], strict=False))
+        return list(itertools.pairwise(edges))
 
     def thresholds(self, position: int) -> list[float]:
         """Per model, the largest magnitude that is dropped from `position` to the end of the stretch that begins there."""
@@ -73,9 +74,7 @@ def keep_largest(delta: Tensor, cut: Cut | None, start: int) -> Tensor:
     magnitude = delta.to(torch.float32).abs()
     cuts = Cuts((cut,))
     stretches = cuts.stretches(start, delta.numel())
-    return torch.cat(
-        [torch.where(magnitude[a:b] > cuts.thresholds(start + a)[0], delta[a:b], 0.0) for a, b in stretches]
-    )
+    return torch.cat([torch.where(magnitude[a:b] > cuts.thresholds(start + a)[0], delta[a:b], 0.0) for a, b in stretches])
 
 
 def kept(density: float, numel: int) -> int:
@@ -266,6 +265,4 @@ def _gather_ties(models: Any, base: Any, uniform: Any, known: Any, start: int, p
 
 def _cut(partials: Sequence[Any], known: Sequence[Any], numel: int, parameters: Mapping[str, Any]) -> Cuts:
     ends = {model: end for partial in partials for model, end in partial.items()}
-    return Cuts(
-        tuple(None if one is None else Cut(one.bits, ends[model]) for model, one in enumerate(known[2].found))
-    )
+    return Cuts(tuple(None if one is None else Cut(one.bits, ends[model]) for model, one in enumerate(known[2].found)))

@@ -158,7 +158,9 @@ class Method:
             for name in names:
                 parameter = self.parameter(name)
                 if parameter is None:
-                    faults.append(f"{place}: '{name}' is no parameter of {self.id}.{did_you_mean(name, known)} Allowed: {', '.join(known) or 'none'}")
+                    faults.append(
+                        f"{place}: '{name}' is no parameter of {self.id}.{did_you_mean(name, known)} Allowed: {', '.join(known) or 'none'}"
+                    )
                 elif place != "parameters" and not parameter.per_model:
                     faults.append(f"{place}: '{name}' is one value for the whole merge; put it under parameters:")
         values: dict[str, Any] = {}
@@ -177,7 +179,9 @@ class Method:
             values[parameter.name] = converted if parameter.per_model else converted[0]
         if not self.min_models <= len(each) <= (self.max_models or len(each)):
             wanted = f"exactly {self.min_models}" if self.min_models == self.max_models else f"at least {self.min_models}"
-            faults.append(f"{self.id} takes {wanted} model{'s' if self.min_models > 1 else ''} besides the base, the recipe has {len(each)}")
+            faults.append(
+                f"{self.id} takes {wanted} model{'s' if self.min_models > 1 else ''} besides the base, the recipe has {len(each)}"
+            )
         if not faults and self._check is not None and (fault := self._check(values)) is not None:
             faults.append(fault)
         return values, faults

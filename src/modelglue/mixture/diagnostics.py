@@ -71,7 +71,8 @@ def self_test(reader: Reader, experts: Sequence[ExpertSpec], gate: torch.Tensor,
         if row[own] < sum(row):
             warnings.append(f"{sum(row) - row[own]} of {sum(row)} prompts of '{experts[own].name}' reach another expert.")
     return SelfTest(
-        experts=tuple(expert.name for expert in experts), confusion=tuple(map(tuple, confusion)), margin=worst_margin(reader, experts, gate),
+        experts=tuple(expert.name for expert in experts), confusion=tuple(map(tuple, confusion)),
+        margin=worst_margin(reader, experts, gate),
         condition_number=condition, gate_mode=str(settings.gate_mode), router_layer=settings.router_layer, encoder=settings.encoder,
         warnings=tuple(warnings),
     )  # fmt: skip

@@ -159,5 +159,7 @@ def read_manifest(directory: Path) -> tuple[Manifest, torch.Tensor]:
     router = SafetensorsCheckpoint(directory / ROUTER)
     info = router.info("gate")
     if len(info.shape) != 2 or info.shape[0] != len(manifest.experts) or info.dtype != "F32":
-        raise CheckpointError(f"{directory / ROUTER}: gate is {info.dtype} {list(info.shape)}, allowed is F32 [{len(manifest.experts)}, d].")
+        raise CheckpointError(
+            f"{directory / ROUTER}: gate is {info.dtype} {list(info.shape)}, allowed is F32 [{len(manifest.experts)}, d]."
+        )
     return manifest, router.tensor("gate").clone()

@@ -168,7 +168,9 @@ def _build(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec, mo
         negative = reader.encode(expert.negative) if expert.negative else None
         row = gate_row(reader.encode(expert.positive), negative, mode)
         if float(row.norm()) < 0.5:
-            raise UserError(f"expert '{expert.name}': its negative prompts cancel the positive ones, the gate row is zero. Change its prompts.")
+            raise UserError(
+                f"expert '{expert.name}': its negative prompts cancel the positive ones, the gate row is zero. Change its prompts."
+            )
         rows.append(row)
     return torch.stack(rows)
 

@@ -64,7 +64,8 @@ class Mixture:
             found = open_checkpoint(reference, relative_to=directory).identity
             if found != identity:
                 raise CheckpointError(
-                    f"{directory}: the expert {reference} has changed since the mixture was made ({found[:12]} instead of {identity[:12]}). "
+                    f"{directory}: the expert {reference} has changed since the mixture was made "
+                    f"({found[:12]} instead of {identity[:12]}). "
                     "Restore it, or make the mixture again."
                 )
         return cls(directory, manifest, gate, residency)
@@ -113,9 +114,7 @@ class Mixture:
     def generate(self, prompts: Sequence[str], *, until: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy continuation of each prompt by its expert, cut at the first stop string."""
         routes = self.route(prompts)
-        return self._by_expert(
-            routes, prompts, lambda model, rows: model.generate(rows, until=until, max_new_tokens=max_new_tokens)
-        )
+        return self._by_expert(routes, prompts, lambda model, rows: model.generate(rows, until=until, max_new_tokens=max_new_tokens))
 
     def self_test(self) -> SelfTest:
         """Does every positive prompt reach its own expert?"""

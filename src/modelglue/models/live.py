@@ -21,8 +21,8 @@ _STEPS: weakref.WeakKeyDictionary[Any, tuple[tuple[str, ...], list[Step]]] = wea
 def load_live(checkpoint: Checkpoint, *, dtype: str | None = None) -> Any:
     """The transformers model of a checkpoint (a model on disk or an expression), on the CPU, in evaluation mode.
 
-    Weights are float32 unless `dtype` says otherwise ("bfloat16"). Memory: the model plus one chunk of each input. Raises CheckpointError when
-    config and weights do not fit each other.
+    Weights are float32 unless `dtype` says otherwise ("bfloat16"). Memory: the model plus one chunk of each input. Raises CheckpointError
+    when config and weights do not fit each other.
     """
     import torch
 
@@ -102,9 +102,7 @@ def _stream(checkpoint: Checkpoint, name: str, place: torch.Tensor) -> None:
 
 def _check_shape(label: str, name: str, found: tuple[int, ...], wanted: tuple[int, ...], kind: str) -> None:
     if found != wanted:
-        raise CheckpointError(
-            f"{label}: tensor '{name}' has the shape {list(found)}, {kind} with this config needs {list(wanted)}."
-        )
+        raise CheckpointError(f"{label}: tensor '{name}' has the shape {list(found)}, {kind} with this config needs {list(wanted)}.")
 
 
 def _check_tied(checkpoint: Checkpoint, name: str, other: str, label: str) -> None:

@@ -66,9 +66,7 @@ def uncovered(model: Any, covered: Sequence[str]) -> list[str]:
     places = model.state_dict(keep_vars=True)
     full = {id(places[name]) for name in filled}
     ignored = [pattern for pattern in (model._keys_to_ignore_on_load_missing or []) if pattern]
-    return [
-        name for name, value in places.items() if name not in filled and id(value) not in full and not _matches(name, ignored)
-    ]
+    return [name for name, value in places.items() if name not in filled and id(value) not in full and not _matches(name, ignored)]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

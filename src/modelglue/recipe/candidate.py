@@ -76,9 +76,7 @@ class Evaluator(Protocol):
     def evaluate(self, candidate: Candidate) -> Scores: ...
 
 
-def paired_interval(
-    a: Scores, b: Scores, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
+def paired_interval(a: Scores, b: Scores, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """(difference, low, high) of mean(a) - mean(b): paired bootstrap over items, stratified by task (percentiles).
 
     Both must be scored on the same items. The items of each task are drawn with replacement, the same for a and b; tasks count alike.
@@ -87,9 +85,7 @@ def paired_interval(
     means = []
     for task, values in a.items.items():
         if task not in b.items or list(b.items[task]) != list(values):
-            raise UserError(
-                f"task '{task}': the two results were not scored on the same items, so they cannot be paired."
-            )
+            raise UserError(f"task '{task}': the two results were not scored on the same items, so they cannot be paired.")
         gaps = np.array([values[item] - b.items[task][item] for item in values])
         draws = generator.integers(0, len(gaps), size=(resamples, len(gaps)))
         means.append(gaps[draws].mean(axis=1))

@@ -50,9 +50,7 @@ def load_document(source: str | Path | Mapping[str, Any]) -> Document:
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML file.") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}). Give a YAML file."
-        ) from error
+        raise RecipeError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}). Give a YAML file.") from error
     return parse_document(text, str(path))
 
 
@@ -123,9 +121,7 @@ def _scalar(node: yaml.Node) -> Any:
 def validate(document: Document, model: type[M]) -> M:
     """Check the document against a pydantic model; RecipeError lists all faults."""
     if not isinstance(document.value, dict):
-        raise RecipeError(
-            f"{document.source}: holds {type(document.value).__name__}, allowed is a mapping of keys to values."
-        )
+        raise RecipeError(f"{document.source}: holds {type(document.value).__name__}, allowed is a mapping of keys to values.")
     try:
         return model.model_validate(document.value)
     except ValidationError as error:
@@ -156,9 +152,7 @@ def _real_place(value: Any, location: Sequence[str | int]) -> Place:
     """The parts of pydantic's location that are in the document (it also names union members)."""
     place: list[str | int] = []
     for number, part in enumerate(location):
-        if (isinstance(value, dict) and part in value) or (
-            isinstance(value, list) and isinstance(part, int) and part < len(value)
-        ):
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
             place.append(part)
             value = value[part]  # type: ignore[call-overload]
         elif number == len(location) - 1:

@@ -44,9 +44,7 @@ def warnings_of(checkpoints: Sequence[Checkpoint]) -> list[str]:
         for key in _FUNCTIONAL:
             ours, theirs = first.config.get(key), other.config.get(key)
             if ours != theirs and ours is not None and theirs is not None:
-                found.append(
-                    f"{_name(other)} has {key} = {theirs}, {_name(first)} has {ours}; the output takes the first one's."
-                )
+                found.append(f"{_name(other)} has {key} = {theirs}, {_name(first)} has {ours}; the output takes the first one's.")
     return found
 
 

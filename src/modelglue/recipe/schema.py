@@ -117,15 +117,9 @@ def _from_mergekit(document: Document) -> Document:
         if key in _MERGEKIT_LATER:
             faults.append(document.fault((key,), f"'{key}' of mergekit's dialect is not supported yet."))
         elif key not in _MERGEKIT_KEYS:
-            faults.append(
-                document.fault(
-                    (key,), f"unknown key.{did_you_mean(key, _MERGEKIT_KEYS)} Allowed: {', '.join(_MERGEKIT_KEYS)}."
-                )
-            )
+            faults.append(document.fault((key,), f"unknown key.{did_you_mean(key, _MERGEKIT_KEYS)} Allowed: {', '.join(_MERGEKIT_KEYS)}."))
     entries = value.get("models") or []
-    if not isinstance(entries, list) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("model"), str) for entry in entries
-    ):
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and isinstance(entry.get("model"), str) for entry in entries):
         faults.append(document.fault(("models",), "allowed is a list of {model: REF, parameters: {...}}."))
         entries = []
     base = value.get("base_model")
@@ -135,20 +129,12 @@ def _from_mergekit(document: Document) -> Document:
     for number, entry in enumerate(entries):
         for key in entry:
             if key not in ("model", "parameters"):
-                hint = (
-                    " Parameters stand under 'parameters:' in this dialect."
-                    if key in shared or key in ("weight", "density")
-                    else ""
-                )
+                hint = " Parameters stand under 'parameters:' in this dialect." if key in shared or key in ("weight", "density") else ""
                 faults.append(document.fault(("models", number, key), f"unknown key beside model.{hint}"))
         own = dict(entry.get("parameters") or {})
         for name, setting in own.items():
             if isinstance(setting, list | dict):
-                faults.append(
-                    document.fault(
-                        ("models", number, "parameters", name), "gradients and filters are not supported yet."
-                    )
-                )
+                faults.append(document.fault(("models", number, "parameters", name), "gradients and filters are not supported yet."))
         needs_base = method in _TAKES_BASE
         if not (needs_base and entry["model"] == base):
             models.append({"model": entry["model"], **{k: v for k, v in own.items() if k not in _IGNORED_PARAMETERS}})

@@ -53,18 +53,14 @@ def heatmap(found: Similarity, families: Mapping[str, Any] | None) -> Markup:
         for number, members in enumerate(groups):
             inside = [at for at, (_, own) in zip(place, order, strict=True) if own == number]
             first, width = inside[0], inside[-1] + side - inside[0]
-            parts.append(
-                tag("rect", x=left + first - 2, y=top + first - 2, width=width + 4, height=width + 4, rx=4, class_="family-box")
-            )
+            parts.append(tag("rect", x=left + first - 2, y=top + first - 2, width=width + 4, height=width + 4, rx=4, class_="family-box"))
             if side > 16 or len(members) > 1:
                 name = f"family {families['families'][number]['id']}"
                 parts.append(tag("text", name, x=left + extent + 12, y=top + first + width / 2 + 4, class_="soft", font_size=12))
     return picture(left + extent + right, top + extent + 4, *parts, label="Similarity of every pair of models", class_="heatmap")
 
 
-def _cell(
-    x: float, y: float, side: float, value: float, a: str, b: str, threshold: float | None, lowest: float, named: bool
-) -> Markup:
+def _cell(x: float, y: float, side: float, value: float, a: str, b: str, threshold: float | None, lowest: float, named: bool) -> Markup:
     if math.isnan(value):
         shown, style, kind = "", None, "cell none"
         hint = f"{a} – {b}: not comparable"
@@ -96,4 +92,3 @@ def _named_pairs(families: Mapping[str, Any] | None) -> set[frozenset[str]]:
 def _hatch() -> Markup:
     line = tag("line", x1=0, y1=0, x2=0, y2=6, class_="hatch")
     return tag("defs", tag("pattern", line, id="hatch", width=6, height=6, patternUnits="userSpaceOnUse", patternTransform="rotate(45)"))
-

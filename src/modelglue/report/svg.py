@@ -13,7 +13,9 @@ def tag(name: str, *children: object, **attributes: Any) -> Markup:
     Attributes and children are escaped unless they are Markup; numbers are rounded to 0.01.
     """
     written = Markup("").join(
-        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), _plain(value)) for key, value in attributes.items() if value is not None
+        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), _plain(value))
+        for key, value in attributes.items()
+        if value is not None
     )
     return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), written, Markup("").join(escape(child) for child in children))
 

@@ -15,7 +15,11 @@ def score(value: float | None) -> str:
 
 def gain(value: float | None) -> str:
     """A difference of scores, in points: 0.014 -> +1.4"""
-    return NOTHING if value is None or math.isnan(value) else f"{100 * value:+.1f}".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
+    return (
+        NOTHING
+        if value is None or math.isnan(value)
+        else f"{100 * value:+.1f}".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
+    )
 
 
 def interval(bounds: Sequence[float]) -> str:

@@ -70,17 +70,13 @@ def select(
     if not members or len(set(members)) != len(members):
         raise UserError(f"members are {list(members)}; allowed is a list of at least one, each named once.")
     if accept not in get_args(Accept):
-        raise UserError(
-            f"accept is '{accept}'; allowed are {', '.join(get_args(Accept))}.{did_you_mean(accept, get_args(Accept))}"
-        )
+        raise UserError(f"accept is '{accept}'; allowed are {', '.join(get_args(Accept))}.{did_you_mean(accept, get_args(Accept))}")
     emit = on_event or _silent
     book = _Book(evaluator)
     ranking = Ranking({alias: book.score(Candidate.single(alias)) for alias in members})
     first = ranking.order[0]
     if book.is_nan(Candidate.single(first)):
-        raise RunError(
-            f"'{first}': its score is NaN and no other member scores above 0, so there is nothing to start from."
-        )
+        raise RunError(f"'{first}': its score is NaN and no other member scores above 0, so there is nothing to start from.")
     emit("select", {"strategy": None, "round": 0, "of": 0, "candidate": first, "score": ranking.individual[first]})
 
     selections = []
@@ -131,9 +127,7 @@ def _run(name: str, searcher: Searcher, ranking: Ranking, book: _Book, emit: Lis
     )
 
 
-def _searcher(
-    name: str, ranking: Ranking, rule: Rule, grid: Sequence[float], similarity_to: SimilarityTo | None
-) -> Searcher:
+def _searcher(name: str, ranking: Ranking, rule: Rule, grid: Sequence[float], similarity_to: SimilarityTo | None) -> Searcher:
     if name == "average":
         return AverageSearch(ranking, rule)
     if name == "coefficient":
@@ -185,9 +179,7 @@ def _without_nan(scores: Scores, what: str) -> tuple[Scores, tuple[str, ...]]:
 def _describe(candidate: Candidate) -> str:
     if len(candidate.members) == 1:
         return f"'{candidate.members[0]}'"
-    return " + ".join(
-        f"{weight:.4g} {alias}" for alias, weight in zip(candidate.members, candidate.weights, strict=True)
-    )
+    return " + ".join(f"{weight:.4g} {alias}" for alias, weight in zip(candidate.members, candidate.weights, strict=True))
 
 
 def _names(strategy: str, similarity_to: SimilarityTo | None) -> tuple[str, ...]:

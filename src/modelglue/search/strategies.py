@@ -109,7 +109,7 @@ class CoefficientSearch:
         )
 
 
-def in_order(remaining: Sequence[str], weights: Mapping[str, float]) -> str:  # noqa: ARG001 - a Chooser
+def in_order(remaining: Sequence[str], weights: Mapping[str, float]) -> str:
     """Best individual score first."""
     return remaining[0]
 

@@ -90,10 +90,7 @@ def example_models(count: int, *, dtype: str = "float32", long: bool = False) ->
     shapes = {"long": (_LONG,)} if long else SHAPES
     kind = getattr(torch, dtype)
     base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    models = [
-        {name: values + 0.1 * torch.randn(values.shape, generator=generator) for name, values in base.items()}
-        for _ in range(count)
-    ]
+    models = [{name: values + 0.1 * torch.randn(values.shape, generator=generator) for name, values in base.items()} for _ in range(count)]
     return _cast(base, kind), [_cast(model, kind) for model in models]
 
 
@@ -116,9 +113,7 @@ class _Constant:
         return self.value
 
 
-def merged(
-    method: Method, base: Tensors, models: Sequence[Tensors], parameters: Mapping[str, Any], **options: Any
-) -> MergedCheckpoint:
+def merged(method: Method, base: Tensors, models: Sequence[Tensors], parameters: Mapping[str, Any], **options: Any) -> MergedCheckpoint:
     """The merge of tensors in memory, with the base only where the method takes one."""
     checkpoints = [TensorsCheckpoint(model, label=f"model{number}") for number, model in enumerate(models)]
     return MergedCheckpoint(
@@ -153,9 +148,7 @@ def _assert_close(found: Tensors, expected: Mapping[str, torch.Tensor], what: st
     import torch
 
     for name, value in expected.items():
-        torch.testing.assert_close(
-            found[name], value, rtol=1e-5, atol=2e-6, msg=lambda text, name=name: f"{what}: '{name}': {text}"
-        )
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-6, msg=lambda text, name=name: f"{what}: '{name}': {text}")
 
 
 # -- checks -------------------------------------------------------------------------------------------------------------------
@@ -302,9 +295,7 @@ def check_workers(method: Method) -> None:
     written = []
     for workers in (1, 2):
         with tempfile.TemporaryDirectory() as scratch:
-            save(
-                merged(method, base, models, parameters), Path(scratch) / "out", workers=workers, shard_bytes=700, chunk=4099
-            )
+            save(merged(method, base, models, parameters), Path(scratch) / "out", workers=workers, shard_bytes=700, chunk=4099)
             files = sorted((Path(scratch) / "out").glob("*.safetensors*"))
             written.append({file.name: file.read_bytes() for file in files})
     assert written[0] == written[1], f"{method.id} {parameters}: the bytes depend on the number of workers"
@@ -358,9 +349,7 @@ def check_refusals(method: Method) -> None:
         assert any("at least" in fault or "exactly" in fault for fault in faults), f"{method.id}: too few models are accepted"
 
 
-def _refused(
-    method: Method, base: Tensors, models: Sequence[Tensors], parameters: Mapping[str, Any], words: Sequence[str]
-) -> None:
+def _refused(method: Method, base: Tensors, models: Sequence[Tensors], parameters: Mapping[str, Any], words: Sequence[str]) -> None:
     try:
         _tensors(merged(method, base, models, parameters))
     except MergeError as error:

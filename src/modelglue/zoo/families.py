@@ -61,8 +61,7 @@ class Families:
             "threshold": self.threshold,
             "linkage": self.linkage,
             "families": [
-                {**asdict(family), "members": list(family.members), "weakest_pair": _json(family.weakest_pair)}
-                for family in self.families
+                {**asdict(family), "members": list(family.members), "weakest_pair": _json(family.weakest_pair)} for family in self.families
             ],
             "strongest_across": _json(self.strongest_across),
             "warnings": list(self.warnings),
@@ -108,9 +107,7 @@ def find_families(
     weakest = [min(combinations(cluster, 2), key=value, default=None) for cluster in clusters]
     home = {index: number for number, cluster in enumerate(clusters) for index in cluster}
     group = {index: number for number, part in enumerate(parts) for index in part}
-    across = [
-        pair for pair in combinations(range(count), 2) if home[pair[0]] != home[pair[1]] and value(pair) > -np.inf
-    ]
+    across = [pair for pair in combinations(range(count), 2) if home[pair[0]] != home[pair[1]] and value(pair) > -np.inf]
     warnings = _warnings([found for found in weakest if found is not None], across, value, threshold, group, names)
     return Families(
         threshold,
@@ -197,8 +194,7 @@ def _warnings(
     apart = max((pair for pair in across if group[pair[0]] != group[pair[1]]), key=value, default=None)
     if apart is not None and value(apart) > threshold:
         found.append(
-            f"{show(apart)} are similar enough for one family, but their tensors, configs or vocabularies differ, "
-            "so they stay apart."
+            f"{show(apart)} are similar enough for one family, but their tensors, configs or vocabularies differ, so they stay apart."
         )
     return found
 
@@ -213,9 +209,7 @@ def _check(matrix: Matrix, threshold: float, linkage: str, names: Sequence[str])
     if not -1 < threshold < 1:
         raise UserError(f"threshold is {threshold}; allowed is a number between -1 and 1.")
     if linkage not in _LINKAGES:
-        raise UserError(
-            f"linkage is '{linkage}'; allowed are {', '.join(_LINKAGES)}.{did_you_mean(linkage, _LINKAGES)}"
-        )
+        raise UserError(f"linkage is '{linkage}'; allowed are {', '.join(_LINKAGES)}.{did_you_mean(linkage, _LINKAGES)}")
 
 
 def _json(pair: Pair | None) -> dict[str, Any] | None:

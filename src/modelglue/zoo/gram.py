@@ -36,9 +36,7 @@ def pair_number(i: int, j: int, count: int) -> int:
     return i * count - i * (i - 1) // 2 + (j - i)
 
 
-def column_products(
-    checkpoints: Sequence[Checkpoint], labels: Sequence[str], name: str, base: Checkpoint | None
-) -> Iterator[Floats]:
+def column_products(checkpoints: Sequence[Checkpoint], labels: Sequence[str], name: str, base: Checkpoint | None) -> Iterator[Floats]:
     """Blocks [pairs, columns] (float64) of <A[:, c], B[:, c]> for all pairs i <= j of models, in column order.
 
     The tensor has the same shape in all models. It is read in blocks of about 65,536 elements of whole rows, minus
@@ -98,9 +96,6 @@ def _explain(checkpoints: Sequence[Checkpoint], labels: Sequence[str], name: str
         bad = int((~torch.isfinite(values)).sum())
         if bad:
             raise CheckpointError(
-                f"{label}: tensor '{name}' holds {bad} values that are NaN or infinite. "
-                "Leave the model out, or restore its weights."
+                f"{label}: tensor '{name}' holds {bad} values that are NaN or infinite. Leave the model out, or restore its weights."
             )
-    raise CheckpointError(
-        f"tensor '{name}' holds values whose squares exceed float64. Leave the model out that has them."
-    )
+    raise CheckpointError(f"tensor '{name}' holds values whose squares exceed float64. Leave the model out that has them.")

@@ -61,8 +61,7 @@ class ZooModel(Entry):
     def _alias_is_a_name(self) -> ZooModel:
         if not _ALIAS.fullmatch(self.alias):
             raise ValueError(
-                f"alias '{self.alias}' (of id '{self.id}') is no name; allowed are letters, digits and ._- . "
-                "Give the model an alias"
+                f"alias '{self.alias}' (of id '{self.id}') is no name; allowed are letters, digits and ._- . Give the model an alias"
             )
         return self
 
@@ -83,8 +82,7 @@ class Zoo(Entry):
             other = first.setdefault(model.alias, model)
             if other is not model:
                 raise ValueError(
-                    f"two models have the alias '{model.alias}' (ids '{other.id}' and '{model.id}'). "
-                    "Give one of them another alias"
+                    f"two models have the alias '{model.alias}' (ids '{other.id}' and '{model.id}'). Give one of them another alias"
                 )
         return models
 

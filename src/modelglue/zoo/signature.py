@@ -215,9 +215,7 @@ def _rope(config: Mapping[str, Any]) -> Any:
 
 
 def _unequal(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{field} ({ours.get(field)} and {theirs.get(field)})" for field in ours if ours.get(field) != theirs.get(field)
-    ]
+    return [f"{field} ({ours.get(field)} and {theirs.get(field)})" for field in ours if ours.get(field) != theirs.get(field)]
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

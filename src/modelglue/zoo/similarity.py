@@ -62,9 +62,7 @@ class Similarity:
         Reads (k + 1)(k + 2) / 2 rows of the kept inner products per tensor for k models.
         """
         if self.gram is None:
-            raise UserError(
-                "the inner products were not kept, so similarities to merges are unknown. Use keep_gram=True."
-            )
+            raise UserError("the inner products were not kept, so similarities to merges are unknown. Use keep_gram=True.")
         kept = {index: float(weight) for index, weight in weights.items() if weight}
         total = sum(kept.values())
         outside = [index for index in [*kept, other] if not 0 <= index < len(self.labels)]
@@ -79,9 +77,7 @@ class Similarity:
         if involved == [other]:
             return 1.0
         alpha = {index: weight / total for index, weight in kept.items()}
-        rows = (
-            _merged_products(self.store, gram, alpha, other) for gram in self.gram if set(involved) <= set(gram.members)
-        )
+        rows = (_merged_products(self.store, gram, alpha, other) for gram in self.gram if set(involved) <= set(gram.members))
         return _mean_cosine(rows, self.mode)
 
     def save(self, path: Path) -> None:
@@ -120,9 +116,7 @@ class Similarity:
                 metadata["scope"],
                 bool(json.loads(metadata["delta"])),
                 tuple(json.loads(metadata["warnings"])),
-                None
-                if gram is None
-                else tuple(GramOf(one["tensor"], tuple(one["members"]), one["columns"]) for one in gram),
+                None if gram is None else tuple(GramOf(one["tensor"], tuple(one["members"]), one["columns"]) for one in gram),
                 store,
             )
         except (KeyError, ValueError, TypeError, CheckpointError) as error:
@@ -196,9 +190,7 @@ def similarity(
     import torch
 
     store = TensorsCheckpoint({"similarity": torch.from_numpy(matrix.copy()), **kept}, label="similarity")
-    return Similarity(
-        matrix, tuple(names), mode, scope, base is not None, tuple(warnings), tuple(grams) if keep_gram else None, store
-    )
+    return Similarity(matrix, tuple(names), mode, scope, base is not None, tuple(warnings), tuple(grams) if keep_gram else None, store)
 
 
 @dataclass(frozen=True)
@@ -322,9 +314,7 @@ def _compare(
     return torch.from_numpy(totals[:, None].copy()) if wide is None else wide
 
 
-def _merged_products(
-    store: Checkpoint, gram: GramOf, alpha: Mapping[int, float], other: int
-) -> tuple[Floats, Floats, Floats]:
+def _merged_products(store: Checkpoint, gram: GramOf, alpha: Mapping[int, float], other: int) -> tuple[Floats, Floats, Floats]:
     """(<m, w>, <m, m>, <w, w>), each [columns] float64, of the merge m and model `other`."""
     local = {member: position for position, member in enumerate(gram.members)}
 

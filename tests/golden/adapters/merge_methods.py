@@ -70,9 +70,7 @@ def answer(merged: Checkpoint) -> Answer:
     found = {}
     for name in merged.names():
         info = merged.info(name)
-        pieces = [
-            merged.read(name, start, min(start + PIECE, info.numel)).clone() for start in range(0, info.numel, PIECE)
-        ]
+        pieces = [merged.read(name, start, min(start + PIECE, info.numel)).clone() for start in range(0, info.numel, PIECE)]
         found[name] = torch.cat(pieces).view(info.shape)
     return Answer(found)
 
