@@ -73,8 +73,8 @@ def ties(
 
     P_i = the floor(density * N) entries of X_i - B of largest magnitude (ties: lower index first; at least one); the sign of sum_i w_i P_i
     is elected; B + lambda * (sum of agreeing w_i P_i) / (sum of agreeing w_i). The threshold is exact and found without sorting.
-    Time O(n P), inputs read about twice (once more each with `rescale` and `zero_sign: majority`); memory: one chunk of every input, and about one in
-    fifty of a tensor's entries while its threshold is found.
+    Time O(n P), inputs read about twice (once more each with `rescale` and `zero_sign: majority`); memory: one chunk of every input, and
+    about one in fifty of a tensor's entries while its threshold is found.
 
     Parameters:
         weight: weight of this model's vote and share.
