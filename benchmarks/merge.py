@@ -2,11 +2,12 @@
 
     python benchmarks/merge.py --size 1.1 --scratch /big/disk --compile off,on
 
-makes three Llama-shaped bf16 models and their base under --scratch (kept for the next run), then alternates a plain copy with every method:
---repeats rounds, the median counts. The copy reads every byte of the models with 1 MiB preadv, writes as many bytes as one model has with
-pwrite, in as many processes as the merge has workers; the base is read too where the method reads it. Both end with fsync; inputs
-are in the page cache; a fresh output each time. A run is a whole command, interpreter start and imports included. Memory comes from
-one more, untimed run, in which /proc/PID/smaps_rollup of all its processes is summed 20 times a second (Linux only). The result is Markdown on stdout.
+makes three Llama-shaped bf16 models and their base under --scratch (kept for the next run), then alternates a plain copy with every
+method: --repeats rounds, the median counts. The copy reads every byte of the models with 1 MiB preadv, writes as many bytes as one
+model has with pwrite, in as many processes as the merge has workers; the base is read too where the method reads it. Both end with
+fsync; inputs are in the page cache; a fresh output each time. A run is a whole command, interpreter start and imports included. Memory
+comes from one more, untimed run, in which /proc/PID/smaps_rollup of all its processes is summed 20 times a second (Linux only). The
+result is Markdown on stdout.
 """
 
 from __future__ import annotations
