@@ -10,7 +10,7 @@ from typing import Any
 
 from modelglue.glue.bench import Bench
 from modelglue.glue.experts import Verdict, choose_experts
-from modelglue.recipe import Candidate, paired_interval
+from modelglue.recipe import Candidate, interval, paired_interval
 from modelglue.search import Selection, select
 from modelglue.zoo import Similarity, find_families, groups, signature, similarity
 
@@ -71,7 +71,7 @@ def rank(bench: Bench) -> list[dict[str, Any]]:
     rows = []
     for alias in bench.members:
         scores = bench.score(Candidate.single(alias), "proxy")
-        rows.append({"alias": alias, "score": scores.mean, "tasks": scores.tasks()})
+        rows.append({"alias": alias, "score": scores.mean, "interval": list(interval(scores)), "tasks": scores.tasks()})
     return sorted(rows, key=lambda row: -row["score"])
 
 

@@ -131,19 +131,31 @@ def final_results(
     return {
         "split": split,
         "skills": bench.skills(split),
-        "models": [
-            {
-                "name": name,
-                "kind": kind,
-                "family": family,
-                "tasks": {task: {"score": value, "items": len(scores.items[task])} for task, value in scores.tasks().items()},
-                "mean": scores.mean,
-                "interval": list(interval(scores)),
-            }
-            for name, kind, family, scores in rows
-        ],
+        "models": [_row(name, kind, family, scores, final) for name, kind, family, scores in rows],
         "comparisons": comparisons,
         "routing": routing,
+    }
+
+
+def _row(name: str, kind: str, family: int | None, scores: Scores, final: Scores) -> dict[str, Any]:
+    """One model: its scores with their intervals, and the result minus this model (difference, low, high), paired over items."""
+    tasks = {
+        task: {
+            "score": value,
+            "items": len(scores.items[task]),
+            "interval": list(interval(scores.only([task]))),
+            "result_minus": list(paired_interval(final.only([task]), scores.only([task]))),
+        }
+        for task, value in scores.tasks().items()
+    }
+    return {
+        "name": name,
+        "kind": kind,
+        "family": family,
+        "tasks": tasks,
+        "mean": scores.mean,
+        "interval": list(interval(scores)),
+        "result_minus": list(paired_interval(final, scores)),
     }
 
 
