@@ -8,11 +8,13 @@ from modelglue.checkpoint.staging import json_bytes, staged, write_bytes_atomic,
 from modelglue.checkpoint.tensors import STORE_DTYPES, TensorsCheckpoint, dtype_name, torch_dtype
 from modelglue.checkpoint.views import JoinedCheckpoint, RenamedCheckpoint
 from modelglue.checkpoint.writer import RECIPE_FILE, Plan, SaveReport, plan_output, save, tensor_file
+from modelglue.checkpoint.yaml_text import SHORT_FLOAT, yaml_text
 
 __all__ = [
     "FLOATING",
     "ITEM_SIZE",
     "RECIPE_FILE",
+    "SHORT_FLOAT",
     "STORE_DTYPES",
     "Checkpoint",
     "Constant",
@@ -37,4 +39,5 @@ __all__ = [
     "torch_dtype",
     "write_bytes_atomic",
     "write_json_atomic",
+    "yaml_text",
 ]

@@ -55,12 +55,14 @@ def _missing(reference: str, path: Path) -> CheckpointError:
 
 def _from_hub(reference: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repository, _, revision = reference.partition("@")
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise CheckpointError(f"'{reference}': is no local path, and no hub id either: {error}") from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"'{reference}': is no local path, and not in the hub's cache, and the hub cannot be reached. "

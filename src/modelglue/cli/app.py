@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import sys
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from modelglue import __version__
-from modelglue.errors import ModelGlueError, RunError
+from modelglue.errors import ModelGlueError, RunError, UserError, did_you_mean
 
 app = App(
     name="modelglue",
     version=__version__,
-    help="From a zoo of fine-tuned language models to one stronger model: group, select, merge, route.",
+    help="From a zoo of fine-tuned language models to one stronger model: group, select, merge, route.\n\n"
+    "Add `--traceback` to any command to see where an error came from.",
     help_format="markdown",
+    default_parameter=Parameter(show_default=lambda value: None if value is None or value is False else str(value)),
+    suppress_keyboard_interrupt=False,  # `main` answers Ctrl-C
 )
 app.register_install_completion_command()
 
@@ -40,14 +43,29 @@ def main(tokens: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if tokens is None else tokens
     shown = "--traceback" in arguments or bool(os.environ.get("MODELGLUE_TRACEBACK"))
     try:
-        app([argument for argument in arguments if argument != "--traceback"])
+        _run([argument for argument in arguments if argument != "--traceback"])
     except KeyboardInterrupt:
         print("interrupted; run it again to continue", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # who read our output (head, a pager) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except ModelGlueError as error:
         _fail(error, shown)
     except MemoryError as error:
         _fail(RunError(f"out of memory ({error}). Use fewer --workers, or a smaller batch."), shown)
+    except OSError as error:
+        mendable = isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError)
+        _fail((UserError if mendable else RunError)(f"{error.filename or 'the system'}: {error.strerror or error}."), shown)
+
+
+def _run(arguments: list[str]) -> None:
+    command = arguments[0] if arguments else ""
+    if command in COMMANDS:
+        app[command].help = None  # the list of commands shows one line of help, the command itself its whole docstring
+    elif command and not command.startswith("-"):
+        raise UserError(f"there is no command '{command}'.{did_you_mean(command, COMMANDS)} Known: {', '.join(COMMANDS)}.")
+    app(arguments)
 
 
 def _fail(error: ModelGlueError, shown: bool) -> None:

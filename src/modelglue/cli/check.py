@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 
 def check(
     recipe: Path,
     *,
-    workers: int | None = None,
+    workers: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Say from headers alone whether a recipe will work and what it needs.
@@ -24,11 +25,11 @@ def check(
     recipe
         YAML in modelglue's dialect, or mergekit's.
     workers
-        Worker processes to plan for.
+        Worker processes to plan for. Default: what `merge` would use.
     json
         Print the report as JSON.
     """
-    from modelglue.cli.console import print_json, size, stdout
+    from modelglue.cli.console import print_json, print_warnings, size, stdout
     from modelglue.recipe import check as run
 
     report = run(recipe, workers=workers)
@@ -36,6 +37,7 @@ def check(
         print_json(asdict(report))
         return
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
@@ -53,9 +55,8 @@ def check(
             f"{size(report.memory_bytes)} of chunks in {report.workers} worker{'s' if report.workers > 1 else ''}, besides torch itself",
         ),
     ):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     console = stdout()
     console.print(table)
-    for warning in report.warnings:
-        console.print(f"[yellow]warning:[/] {warning}")
+    print_warnings(console, report.warnings)
     console.print("[green]ok[/]: this merge will run")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,15 @@ def print_json(value: Any) -> None:
     """Machine-readable output: JSON on standard output, nothing else."""
     json.dump(value, sys.stdout, indent=2, sort_keys=True, ensure_ascii=False)
     sys.stdout.write("\n")
+    sys.stdout.flush()  # a reader that has gone is noticed here, not at exit
+
+
+def print_warnings(console: Console, warnings: Iterable[str]) -> None:
+    """One line each, as they are: a path may hold what looks like markup."""
+    from rich.markup import escape
+
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
 
 
 def size(count: int) -> str:
@@ -57,3 +66,18 @@ def byte_progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], N
             bar.update(task, completed=done, total=total, refresh=True)
 
         yield update
+
+
+@contextmanager
+def item_progress(title: str, total: int, *, quiet: bool) -> Iterator[Callable[[str, int], None] | None]:
+    """A bar for scoring: it is told (skill, items that have just been scored). None when quiet or not on a terminal."""
+    console = stderr()
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("items"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda _skill, items: bar.advance(task, items)

@@ -28,7 +28,7 @@ def inspect(
     identity
         Also hash every byte: the identity under which scores are remembered.
     json
-        Print it as JSON.
+        Print all of it as JSON.
     """
     from modelglue.checkpoint import open_checkpoint
     from modelglue.cli.console import print_json, size, stdout
@@ -41,7 +41,7 @@ def inspect(
         "tensors": len(checkpoint.names()),
         "parameters": sum(checkpoint.info(name).numel for name in checkpoint.names()),
         "bytes": sum(checkpoint.info(name).nbytes for name in checkpoint.names()),
-        "layers": max((group["count"] for group in groups), default=0),
+        "layers": max((group["count"] for group in groups if "*" in group["name"].split(".")), default=0),
         "files": sorted(checkpoint.files),
         "groups": groups,
     }
@@ -50,16 +50,19 @@ def inspect(
     if json:
         print_json(summary)
         return
+    from rich.markup import escape
     from rich.table import Table
 
     console = stdout()
     console.print(
-        f"[bold]{model}[/]  {summary['architecture'] or 'no config'}: {summary['parameters'] / 1e6:,.2f} M parameters in "
+        f"[bold]{escape(model)}[/]  {summary['architecture'] or 'no config'}: {summary['parameters'] / 1e6:,.2f} M parameters in "
         f"{summary['tensors']} tensors, {size(summary['bytes'])}, {summary['layers']} layers"
     )
     table = Table("tensor", "times", "shape", "dtype", "bytes", box=None, pad_edge=False)
     for group in groups:
-        table.add_row(group["name"], str(group["count"]), " x ".join(map(str, group["shape"])), group["dtype"], size(group["bytes"]))
+        table.add_row(
+            escape(group["name"]), str(group["count"]), " x ".join(map(str, group["shape"])), group["dtype"], size(group["bytes"])
+        )
     console.print(table)
     if identity:
         console.print(f"identity {summary['identity']}")

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 
 def merge(
     recipe: Path,
     out: Path,
     *,
-    workers: int | None = None,
-    shard_size: Annotated[str, Parameter(help="Largest shard, such as 5GB.")] = "5GB",
+    workers: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
+    shard_size: str = "5GB",
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     quiet: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
@@ -22,7 +23,7 @@ def merge(
     """Merge models by a recipe.
 
     Streams chunk by chunk, so memory does not grow with the models. Killed at any moment, it continues when run again;
-    nothing half-written ever stands under the final name.
+    nothing half-written ever stands under the final name. A finished output of the same recipe is left alone.
 
     Parameters
     ----------
@@ -31,33 +32,40 @@ def merge(
     out
         Folder to write: config, tokenizer, weights, recipe and card.
     workers
-        Worker processes; default: one per core, one for small models.
+        Worker processes. Default: one per core, one for small models.
+    shard_size
+        Largest weight file, such as 500MB or 5GB.
     overwrite
         Replace an existing folder.
     quiet
-        No progress, no summary.
+        No progress, no summary, no warnings.
     json
         Print the summary as JSON.
     """
     from modelglue.checkpoint import save
-    from modelglue.cli.console import byte_progress, print_json, size, stderr
-    from modelglue.recipe import merge as build
+    from modelglue.cli.console import byte_progress, print_json, print_warnings, size, stderr
+    from modelglue.recipe import build, read_with_models, warnings_of
 
     start = time.monotonic()
-    merged = build(recipe)
+    shard_bytes = _bytes(shard_size)
+    read, models = read_with_models(recipe)
+    merged = build(read, resolve=models.__getitem__)
+    warnings = warnings_of(list(models.values()))
+    if not quiet:
+        print_warnings(stderr(), warnings)
     with byte_progress(out.name, quiet=quiet or json) as progress:
-        report = save(merged, out, workers=workers, shard_bytes=_bytes(shard_size), overwrite=overwrite, progress=progress)
+        report = save(merged, out, workers=workers, shard_bytes=shard_bytes, overwrite=overwrite, progress=progress)
     if json:
         print_json(
             {
                 "directory": str(report.directory), "tensors": report.tensors, "bytes": report.bytes, "shards": report.shards,
-                "resumed_bytes": report.resumed_bytes, "already_complete": report.already_complete,
+                "resumed_bytes": report.resumed_bytes, "already_complete": report.already_complete, "warnings": warnings,
             }
         )  # fmt: skip
     elif not quiet:
         state = "already complete" if report.already_complete else f"{time.monotonic() - start:.1f} s"
         resumed = f", {size(report.resumed_bytes)} of it from an earlier run" if report.resumed_bytes else ""
-        stderr().print(f"{out}: {report.tensors} tensors, {size(report.bytes)}{resumed} ({state})", soft_wrap=True)
+        stderr().print(f"{out}: {report.tensors} tensors, {size(report.bytes)}{resumed} ({state})", soft_wrap=True, markup=False)
 
 
 def _bytes(text: str) -> int:

@@ -16,9 +16,9 @@ def methods(name: str | None = None, *, json: Annotated[bool, Parameter(negative
     Parameters
     ----------
     name
-        The method to explain.
+        The method to explain. Default: list them all.
     json
-        Print the schema as JSON.
+        Print what the methods declare as JSON.
     """
     from modelglue.cli.console import print_json, stdout
     from modelglue.methods import all_methods, get
@@ -27,6 +27,7 @@ def methods(name: str | None = None, *, json: Annotated[bool, Parameter(negative
     if json:
         print_json([_schema(method) for method in chosen])
         return
+    from rich.markup import escape
     from rich.table import Table
 
     console = stdout()
@@ -38,15 +39,15 @@ def methods(name: str | None = None, *, json: Annotated[bool, Parameter(negative
                 "yes" if method.needs_base else "",
                 "twice" if method.surveys else "once",
                 method.units[0],
-                method.summary,
+                escape(method.summary),
             )
         console.print(table)
         console.print("\n[dim]modelglue methods NAME explains one.[/]")
         return
     method = chosen[0]
     text, _, _ = method.doc.partition("Parameters:\n")
-    console.print(f"[bold]{method.id}[/]  [dim]{method.source}[/]\n")
-    console.print(text.strip(), markup=False)
+    console.print(f"[bold]{method.id}[/]  [dim]{escape(method.source)}[/]\n")
+    console.print("\n\n".join(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n")), markup=False)
     table = Table("parameter", "per", "type", "default", "allowed", "", box=None, pad_edge=False)
     for parameter in method.parameters:
         allowed = " | ".join(parameter.choices) or (str(parameter.range) if parameter.range else "")
@@ -56,8 +57,8 @@ def methods(name: str | None = None, *, json: Annotated[bool, Parameter(negative
             "model" if parameter.per_model else "merge",
             parameter.type.__name__,
             default,
-            allowed,
-            parameter.doc,
+            escape(allowed),
+            escape(parameter.doc),
         )
     console.print()
     console.print(table)

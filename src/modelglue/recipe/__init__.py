@@ -1,6 +1,6 @@
 """Floor 3: recipes in, checkpoint expressions out; and the words in which search and evaluation talk."""
 
-from modelglue.recipe.build import build, linear_recipe, merge
+from modelglue.recipe.build import build, linear_recipe, merge, read_with_models
 from modelglue.recipe.candidate import Candidate, Evaluator, Scores, interval, paired_interval
 from modelglue.recipe.check import CheckReport, check
 from modelglue.recipe.document import Document, load_document, parse_document, read_document, validate
@@ -28,6 +28,7 @@ __all__ = [
     "parse_document",
     "read_document",
     "read_recipe",
+    "read_with_models",
     "validate",
     "vocabulary",
     "warnings_of",

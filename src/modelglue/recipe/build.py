@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from modelglue.checkpoint import Checkpoint, MergedCheckpoint, open_checkpoint
+from modelglue.errors import CheckpointError, RecipeError, UserError
 from modelglue.methods import get
 from modelglue.recipe.mergeable import check_mergeable
-from modelglue.recipe.schema import Recipe, read_recipe
+from modelglue.recipe.schema import Recipe, read_recipe, unique_labels
 
 Resolve = Callable[[str], Checkpoint]
 
@@ -20,17 +21,42 @@ def merge(source: str | Path | Mapping[str, Any] | Recipe) -> Checkpoint:
     Reads headers and configs only. Raises RecipeError for the recipe, CheckpointError for a model that cannot be opened,
     MergeError for models that do not fit each other.
     """
+    recipe, models = read_with_models(source)
+    return build(recipe, resolve=models.__getitem__)
+
+
+def read_with_models(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[Recipe, dict[str, Checkpoint]]:
+    """The recipe, and its models on disk by reference, each opened once, the output's donor of config and tokenizer first.
+
+    References are taken from the folder of the file, then from the working folder. One CheckpointError names all that cannot be opened.
+    """
     recipe = source if isinstance(source, Recipe) else read_recipe(source)
     folder = Path(source).parent if isinstance(source, str | Path) else None
-    return build(recipe, relative_to=folder)
+    models: dict[str, Checkpoint] = {}
+    faults: list[str] = []
+    for reference in references(recipe):
+        try:
+            models[reference] = open_reference(reference, folder)
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise CheckpointError("\n".join(faults))
+    return recipe, models
+
+
+def references(recipe: Recipe) -> list[str]:
+    """Every model on disk that a recipe names, in order, once; the base comes before the models."""
+    nodes = [*([recipe.base] if recipe.base is not None else []), *(entry.model for entry in recipe.models)]
+    found = [reference for node in nodes for reference in ([node] if isinstance(node, str) else references(node))]
+    return list(dict.fromkeys(found))
 
 
 def build(recipe: Recipe, *, relative_to: Path | None = None, resolve: Resolve | None = None) -> Checkpoint:
     """Turn a validated recipe into an expression. References are taken from `relative_to`, then from the working folder.
 
-    Config, tokenizer and stored dtypes are the base's, else the first model's. A nested recipe stays in float32 unless it
-    names a `store` dtype of its own, so a merge of merges is rounded once. `resolve` replaces the opening of references (a
-    search resolves aliases to models that are already open).
+    Config, tokenizer and stored dtypes are the base's (for a method that computes without one, too), else the first model's. A nested
+    recipe stays in float32 unless it names a `store` dtype of its own, so a merge of merges is rounded once. `resolve` replaces the
+    opening of references (a search resolves aliases to models that are already open).
     """
     opened: dict[str, Checkpoint] = {}
 
@@ -56,9 +82,10 @@ def _assemble(recipe: Recipe, resolve: Resolve, store: str | None) -> Checkpoint
     models = [input_(entry.model) for entry in recipe.models]
     base = input_(recipe.base) if recipe.base is not None else None
     method = get(recipe.method)
-    labels = [entry.label for entry in recipe.models]
+    labels = unique_labels(recipe)
     values, faults = method.resolve(recipe.parameters, [entry.own for entry in recipe.models], labels)
-    assert not faults, faults  # a recipe is checked when it is read
+    if faults:  # a recipe that was read has none; one that was made in Python may
+        raise RecipeError("\n".join(faults))
     check_mergeable([*models, *([base] if base is not None else [])])
     return MergedCheckpoint(
         method,

@@ -27,11 +27,15 @@ class Candidate:
 
     @classmethod
     def linear(cls, weights: Mapping[str, float]) -> Candidate:
-        """The linear merge with these coefficients, normalised; members keep the mapping's order."""
-        kept = {alias: weight for alias, weight in weights.items() if abs(weight) >= _NO_WEIGHT}
+        """The linear merge with these coefficients, normalised; members keep the mapping's order.
+
+        UserError unless the weights are finite and their sum is not 0.
+        """
+        total = sum(weights.values())
+        if not math.isfinite(total) or abs(total) < _NO_WEIGHT * max(map(abs, weights.values()), default=0.0) or total == 0:
+            raise UserError(f"the weights {dict(weights)} cannot be normalised; a candidate needs finite weights that do not sum to 0.")
+        kept = {alias: weight for alias, weight in weights.items() if abs(weight / total) >= _NO_WEIGHT}
         total = sum(kept.values())
-        if not kept or abs(total) < _NO_WEIGHT:
-            raise UserError(f"the weights {dict(weights)} sum to 0; a candidate needs a positive sum.")
         return cls("linear", tuple(kept), tuple(weight / total for weight in kept.values()))
 
     @classmethod
@@ -81,10 +85,12 @@ def paired_interval(a: Scores, b: Scores, *, level: float = 0.95, resamples: int
 
     Both must be scored on the same items. The items of each task are drawn with replacement, the same for a and b; tasks count alike.
     """
+    if a.items.keys() != b.items.keys():
+        raise UserError(f"the results are on different tasks ({', '.join(a.items)} and {', '.join(b.items)}), so they cannot be paired.")
     generator = np.random.default_rng(seed)
     means = []
     for task, values in a.items.items():
-        if task not in b.items or list(b.items[task]) != list(values):
+        if b.items[task].keys() != values.keys():
             raise UserError(f"task '{task}': the two results were not scored on the same items, so they cannot be paired.")
         gaps = np.array([values[item] - b.items[task][item] for item in values])
         draws = generator.integers(0, len(gaps), size=(resamples, len(gaps)))

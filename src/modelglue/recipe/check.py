@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelglue.checkpoint import FLOATING, Checkpoint
+from modelglue.checkpoint import FLOATING, plan_output
 from modelglue.methods import get
-from modelglue.recipe.build import build, open_reference
-from modelglue.recipe.mergeable import warnings_of
-from modelglue.recipe.schema import Recipe, read_recipe
+from modelglue.recipe.build import build, read_with_models
+from modelglue.recipe.mergeable import architecture, warnings_of
+from modelglue.recipe.schema import Recipe, unique_labels
 from modelglue.settings import CHUNK_ELEMENTS, SMALL_OUTPUT_BYTES, default_workers
 
 #: float32 buffers that one chunk needs besides one per input: output, votes, masks
@@ -37,49 +37,58 @@ class CheckReport:
     warnings: tuple[str, ...]
 
 
-def check(source: str | Path | Mapping[str, Any], *, workers: int | None = None) -> CheckReport:
+def check(source: str | Path | Mapping[str, Any] | Recipe, *, workers: int | None = None) -> CheckReport:
     """Everything that `merge` would refuse before reading weights is refused here, with the same error."""
-    recipe = read_recipe(source)
-    folder = Path(source).parent if isinstance(source, str | Path) else None
-    merged = build(recipe, relative_to=folder)
-    leaves = _leaves(recipe, folder)
+    recipe, models = read_with_models(source)
+    merged = build(recipe, resolve=models.__getitem__)
+    plan = plan_output(merged)
     infos = [merged.info(name) for name in merged.names()]
-    output = sum(info.nbytes for info in infos)
-    workers = workers or (1 if output < SMALL_OUTPUT_BYTES else default_workers())
-    method = get(recipe.method)
-    inputs = len(recipe.models) + (1 if recipe.base is not None else 0)
+    workers = workers or (1 if plan.tensor_bytes < SMALL_OUTPUT_BYTES else default_workers())
     largest = max((info.numel for info in infos if info.dtype in FLOATING), default=0)
-    chunk = largest if "matrix" in method.units else min(CHUNK_ELEMENTS, largest)
-    stored = sorted({info.dtype for info in infos})
     return CheckReport(
         method=recipe.method,
         models=tuple(entry.label for entry in recipe.models),
-        base=recipe.base if isinstance(recipe.base, str) else None,
-        architecture=next(iter(merged.config.get("architectures") or []), None),
+        base=recipe.base if isinstance(recipe.base, str | None) else f"({recipe.base.method} merge)",
+        architecture=architecture(merged),
         tensors=len(infos),
         parameters=sum(info.numel for info in infos),
-        read_bytes=sum(leaf.info(name).nbytes for leaf in leaves for name in leaf.names()),
-        passes=2 if method.surveys else 1,
-        output_bytes=output,
+        read_bytes=sum(
+            model.info(name).nbytes for reference, model in models.items() if reference in _read(recipe) for name in model.names()
+        ),
+        passes=_passes(recipe),
+        output_bytes=plan.tensor_bytes,
         workers=workers,
-        memory_bytes=workers * chunk * 4 * (inputs + _TEMPORARIES),
-        store=", ".join(stored),
-        warnings=tuple(warnings_of(leaves)),
+        memory_bytes=workers * 4 * _held(recipe, largest),
+        store=", ".join(sorted({info.dtype for info in infos})),
+        warnings=tuple(warnings_of(list(models.values()))),
     )
 
 
-def _leaves(recipe: Recipe, folder: Path | None) -> list[Checkpoint]:
-    """The models on disk behind a recipe, each once."""
-    found: dict[str, Checkpoint] = {}
+def _nodes(recipe: Recipe) -> list[str | Recipe]:
+    """The inputs that the method computes with: a base that only gives config and tokenizer is none."""
+    base = [recipe.base] if recipe.base is not None and get(recipe.method).needs_base else []
+    return [*base, *(entry.model for entry in recipe.models)]
 
-    def visit(node: str | Recipe | None) -> None:
-        if isinstance(node, str):
-            if node not in found:
-                found[node] = open_reference(node, folder)
-        elif node is not None:
-            visit(node.base)
-            for entry in node.models:
-                visit(entry.model)
 
-    visit(recipe)
-    return list(found.values())
+def _read(recipe: Recipe) -> set[str]:
+    """References whose weights are read."""
+    return {name for node in _nodes(recipe) for name in ([node] if isinstance(node, str) else _read(node))}
+
+
+def _values(recipe: Recipe) -> Mapping[str, Any]:
+    values, _ = get(recipe.method).resolve(recipe.parameters, [entry.own for entry in recipe.models], unique_labels(recipe))
+    return values
+
+
+def _passes(recipe: Recipe) -> int:
+    """2 if a survey reads the inputs before the merge does, here or in a nested recipe."""
+    if get(recipe.method).rounds(_values(recipe)):
+        return 2
+    return max((_passes(node) for node in _nodes(recipe) if isinstance(node, Recipe)), default=1)
+
+
+def _held(recipe: Recipe, largest: int) -> int:
+    """Elements that one worker holds at once: a chunk of every input and the temporaries, and those of the nested merge it reads."""
+    chunk = largest if get(recipe.method).unit(_values(recipe)) == "matrix" else min(CHUNK_ELEMENTS, largest)
+    nodes = _nodes(recipe)
+    return chunk * (len(nodes) + _TEMPORARIES) + max((_held(node, largest) for node in nodes if isinstance(node, Recipe)), default=0)

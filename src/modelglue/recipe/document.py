@@ -5,6 +5,7 @@ All errors of a document are reported together, each with file, line, place, wha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from modelglue.checkpoint import SHORT_FLOAT
 from modelglue.errors import RecipeError, did_you_mean
 
 M = TypeVar("M", bound=BaseModel)
@@ -25,6 +27,11 @@ class Document:
         self.source = source
         self.value = value
         self._lines = lines
+
+    @property
+    def lines(self) -> Mapping[Place, int]:
+        """Line of every key and item, by its path."""
+        return self._lines
 
     def where(self, place: Place) -> str:
         """`file:line` of the nearest thing at or around `place`."""
@@ -48,10 +55,19 @@ def load_document(source: str | Path | Mapping[str, Any]) -> Document:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML file.") from error
+        near = _near(path) if isinstance(error, FileNotFoundError) else ""
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}).{near} Give the path of a YAML file.") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}). Give a YAML file.") from error
     return parse_document(text, str(path))
+
+
+def _near(path: Path) -> str:
+    """A hint at the files that are called nearly like the one that is not there."""
+    try:
+        return did_you_mean(path.name, sorted(entry.name for entry in path.parent.iterdir()))
+    except OSError:
+        return ""
 
 
 def parse_document(text: str, source: str) -> Document:
@@ -75,10 +91,18 @@ def parse_document(text: str, source: str) -> Document:
 _MOST_NODES = 200_000
 
 
+#: what YAML may hold; every other tag would make an object or change a value's type behind the reader's back
+_TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp"))
+
+
 def _build(node: yaml.Node, place: Place, lines: dict[Place, int], source: str) -> Any:
-    lines.setdefault(place, node.start_mark.line + 1)
+    line = node.start_mark.line + 1
+    lines.setdefault(place, line)
     if len(lines) > _MOST_NODES:
         raise RecipeError(f"{source}: expands to more than {_MOST_NODES:,} values. Write it without nested aliases.")
+    if node.tag not in _TAGS:
+        shown = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise RecipeError(f"{source}:{line}: the tag {shown} is not allowed here. Write plain text, numbers, lists and mappings.")
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -94,11 +118,15 @@ def _build(node: yaml.Node, place: Place, lines: dict[Place, int], source: str) 
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_build(child, (*place, i), lines, source) for i, child in enumerate(node.value)]
-    return _scalar(node)
+    try:
+        return _scalar(node)
+    except ValueError as error:  # a tag that does not fit its text, or more digits than Python converts
+        raise RecipeError(f"{source}:{line}: '{str(node.value)[:40]}' cannot be read as a value ({error}).") from error
 
 
-#: YAML 1.1 readings that no recipe means: yes/no/on/off as booleans, 12:30 as 750
+#: YAML 1.1 readings that no recipe means: yes/no/on/off as booleans, 12:30 as 750, 010 as 8
 _PLAIN_BOOLEANS = ("true", "false")
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
 
 
 def _scalar(node: yaml.Node) -> Any:
@@ -107,21 +135,20 @@ def _scalar(node: yaml.Node) -> Any:
         return text
     if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and ":" in text:
         return text
+    if node.tag == "tag:yaml.org,2002:int" and _OCTAL.fullmatch(text):
+        return int(text.replace("_", ""))
     if node.tag == "tag:yaml.org,2002:timestamp":
         return text
-    value = yaml.SafeLoader("").construct_object(node, deep=True)
-    if isinstance(value, str) and isinstance(node, yaml.ScalarNode) and node.style is None:
-        try:  # YAML 1.1 reads 1e-3 as text
-            return float(value) if value[:1] in tuple("+-.0123456789") else value
-        except ValueError:
-            return value
-    return value
+    if node.tag == "tag:yaml.org,2002:str":
+        plain = isinstance(node, yaml.ScalarNode) and node.style is None
+        return float(text) if plain and SHORT_FLOAT.fullmatch(text) else text
+    return yaml.SafeLoader("").construct_object(node, deep=True)
 
 
 def validate(document: Document, model: type[M]) -> M:
     """Check the document against a pydantic model; RecipeError lists all faults."""
     if not isinstance(document.value, dict):
-        raise RecipeError(f"{document.source}: holds {type(document.value).__name__}, allowed is a mapping of keys to values.")
+        raise RecipeError(f"{document.source}: is {_shown(document.value)}, allowed is a mapping of keys to values.")
     try:
         return model.model_validate(document.value)
     except ValidationError as error:
@@ -135,28 +162,64 @@ def read_document(source: str | Path | Mapping[str, Any], model: type[M]) -> M:
 
 
 def _explain(document: Document, model: type[BaseModel], detail: Any) -> str:
-    place = _real_place(document.value, detail["loc"])
-    kind = detail["type"]
+    kind, found = detail["type"], detail.get("input")
+    place = _real_place(document.value, detail["loc"], names_a_key=kind in ("missing", "extra_forbidden"))
     if kind == "extra_forbidden":
         known = _known_keys(model, detail["loc"][:-1])
         return document.fault(place, f"unknown key.{did_you_mean(str(place[-1]), known)} Allowed: {', '.join(known)}.")
     if kind == "missing":
         return document.fault(place, "is required and missing.")
+    if kind in _ALLOWED:
+        return document.fault(place, f"is {_shown(found)}, allowed is {_ALLOWED[kind]}.")
+    if kind == "literal_error":
+        return document.fault(place, f"is {_shown(found)}, allowed is {detail['ctx']['expected']}.")
     message = str(detail["msg"]).removeprefix("Value error, ")
-    found = detail.get("input")
-    shown = "" if isinstance(found, dict | list) or kind == "value_error" else f", found {found!r}"
+    shown = "" if kind == "value_error" else f", found {_shown(found)}"
     return document.fault(place, f"{message[:1].lower() + message[1:]}{shown}.")
 
 
-def _real_place(value: Any, location: Sequence[str | int]) -> Place:
-    """The parts of pydantic's location that are in the document (it also names union members)."""
+#: pydantic's names of wrong types, in our words
+_ALLOWED = {
+    "string_type": "text (put quotes around it if it is meant as text)",
+    "list_type": "a list",
+    "dict_type": "a mapping of keys to values",
+    "model_type": "a mapping of keys to values",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+}
+
+
+_LONGEST = 80
+
+
+def _shown(found: Any) -> str:
+    """A value as it stands in an error message."""
+    if found is None:
+        return "empty"
+    if isinstance(found, bool):
+        return str(found).lower()
+    text = "a mapping" if isinstance(found, dict) else "a list" if isinstance(found, list) else repr(found)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _real_place(value: Any, location: Sequence[str | int], *, names_a_key: bool) -> Place:
+    """The parts of pydantic's location that are in the document (it also names union members).
+
+    `names_a_key`: the last part is a key, whether the document has it or not.
+    """
     place: list[str | int] = []
     for number, part in enumerate(location):
-        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
-            place.append(part)
-            value = value[part]  # type: ignore[call-overload]
-        elif number == len(location) - 1:
-            place.append(part)
+        in_list = isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if in_list or (isinstance(value, dict) and part in value):
+            value = value[part]
+        elif not (names_a_key and number == len(location) - 1):
+            continue
+        place.append(part)
     return tuple(place)
 
 
@@ -168,7 +231,8 @@ def _known_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[s
     def open_(node: Any) -> list[dict[str, Any]]:
         if "$ref" in node:
             return open_(definitions[node["$ref"].rsplit("/", 1)[1]])
-        return [inner for branch in node.get("anyOf", []) for inner in open_(branch)] or [node]
+        branches = [*node.get("anyOf", []), *node.get("oneOf", [])]
+        return [inner for branch in branches for inner in open_(branch)] or [node]
 
     nodes = open_(schema)
     for part in location:

@@ -9,10 +9,10 @@ from typing import Any
 from modelglue.checkpoint import Checkpoint
 from modelglue.errors import MergeError, UserError
 
-#: config fields that change what equal weights compute (RoPE, activation, multipliers)
+#: config fields that change what equal weights compute (activation, heads, multipliers); the rotary ones are compared in `_rope`
 _FUNCTIONAL = (
-    "rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "hidden_activation", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "logit_scale", "attention_multiplier", "residual_multiplier", "embedding_multiplier",
+    "hidden_act", "hidden_activation", "num_attention_heads", "num_key_value_heads", "head_dim", "logit_scale",
+    "attention_multiplier", "residual_multiplier", "embedding_multiplier",
 )  # fmt: skip
 
 
@@ -20,13 +20,13 @@ def check_mergeable(checkpoints: Sequence[Checkpoint]) -> None:
     """MergeError unless all models share class and vocabulary. Different functions are the first model's to decide: see `warnings_of`."""
     first = checkpoints[0]
     for other in checkpoints[1:]:
-        ours, theirs = _architecture(first), _architecture(other)
+        ours, theirs = architecture(first), architecture(other)
         if ours and theirs and ours != theirs:
             raise MergeError(
                 f"{_name(other)} is a {theirs} and {_name(first)} a {ours}; one merge takes one architecture. "
                 "Leave one of them out, or join them as experts of a mixture."
             )
-        a, b = vocabulary(first), vocabulary(other)
+        a, b = (None, None) if _same_tokenizer_file(first, other) else (vocabulary(first), vocabulary(other))
         if a is not None and b is not None and a != b:
             different = sorted(token for token in a.keys() | b.keys() if a.get(token) != b.get(token))
             raise MergeError(
@@ -37,15 +37,42 @@ def check_mergeable(checkpoints: Sequence[Checkpoint]) -> None:
 
 
 def warnings_of(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Differences that do not forbid a merge but change what it means."""
+    """Differences that do not forbid a merge but change what it means. The output takes after the first checkpoint."""
     found = []
     first = checkpoints[0]
     for other in checkpoints[1:]:
-        for key in _FUNCTIONAL:
-            ours, theirs = first.config.get(key), other.config.get(key)
-            if ours != theirs and ours is not None and theirs is not None:
-                found.append(f"{_name(other)} has {key} = {theirs}, {_name(first)} has {ours}; the output takes the first one's.")
+        ours, theirs = _function(first.config), _function(other.config)
+        for key in ours:
+            if ours[key] != theirs[key] and ours[key] is not None and theirs[key] is not None:
+                found.append(f"{_name(other)} has {key} = {theirs[key]}, {_name(first)} has {ours[key]}; the output takes the first one's.")
     return found
+
+
+def _function(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What equal weights compute under this config; None where the config does not say."""
+    return {**{key: config.get(key) for key in _FUNCTIONAL}, **_rope(config)}
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings, written as rope_theta and rope_scaling or together as rope_parameters. No scaling is a setting as well."""
+    given = config.get("rope_parameters") or config.get("rope_scaling")
+    given = given if isinstance(given, Mapping) else {}
+    scaling = {key.replace("rope_type", "type"): value for key, value in given.items() if key != "rope_theta" and value is not None}
+    if not config:
+        return {"rope_theta": None, "rope_scaling": None}
+    return {
+        "rope_theta": given.get("rope_theta", config.get("rope_theta")),
+        "rope_scaling": "none" if scaling.get("type", "default") == "default" else dict(sorted(scaling.items())),
+    }
+
+
+def _same_tokenizer_file(first: Checkpoint, other: Checkpoint) -> bool:
+    """Whether both have the same bytes, which siblings mostly do: parsing a large vocabulary takes a tenth of a second."""
+    ours, theirs = first.files.get("tokenizer.json"), other.files.get("tokenizer.json")
+    try:
+        return ours is not None and theirs is not None and ours.read_bytes() == theirs.read_bytes()
+    except OSError:
+        return False  # `vocabulary` says which
 
 
 def vocabulary(checkpoint: Checkpoint) -> Mapping[str, int] | None:
@@ -57,7 +84,7 @@ def vocabulary(checkpoint: Checkpoint) -> Mapping[str, int] | None:
         value = json.loads(path.read_text(encoding="utf-8"))
         tokens = _tokens(value["model"]["vocab"])
         tokens.update({added["content"]: added["id"] for added in value.get("added_tokens", [])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not a tokenizer file ({error!r}). Restore the model's tokenizer.") from error
     return tokens
 
@@ -68,7 +95,8 @@ def _tokens(vocab: Any) -> dict[str, int]:
     return {str(entry[0]): number for number, entry in enumerate(vocab)}  # unigram: [token, score] in order
 
 
-def _architecture(checkpoint: Checkpoint) -> str | None:
+def architecture(checkpoint: Checkpoint) -> str | None:
+    """The model class that the config names, or None."""
     names = checkpoint.config.get("architectures")
     return str(names[0]) if isinstance(names, list) and names else None
 
