@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from modelglue.checkpoint import Round
 from modelglue.methods._task_vectors import KEEP_ALL
+from modelglue.methods.registry import Round
 
 if TYPE_CHECKING:
     import numpy as np

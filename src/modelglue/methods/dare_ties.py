@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from modelglue.checkpoint import Round
 from modelglue.methods._pruning import length_ratios
 from modelglue.methods._sums import block_sums
 from modelglue.methods._task_vectors import add_dropped_elected, dropped
-from modelglue.methods.registry import PerModel, Range, method, per_model
+from modelglue.methods.registry import PerModel, Range, Round, method, per_model
 
 if TYPE_CHECKING:
     from torch import Tensor

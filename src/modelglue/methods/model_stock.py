@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from modelglue.checkpoint import Round
 from modelglue.methods._sums import block_dots, total
 from modelglue.methods._task_vectors import add_scaled
-from modelglue.methods.registry import Unit, method
+from modelglue.methods.registry import Round, Unit, method
 
 if TYPE_CHECKING:
     from torch import Tensor

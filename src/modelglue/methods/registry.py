@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
-from modelglue.checkpoint import Round
+from modelglue.checkpoint import Round as Round  # methods take it from here: of ours they import nothing but this module
 from modelglue.errors import UserError, did_you_mean
 
 T = TypeVar("T")

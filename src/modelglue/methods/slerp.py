@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from modelglue.checkpoint import Round
 from modelglue.methods._sums import block_dots, total
 from modelglue.methods._task_vectors import weighted_sum
-from modelglue.methods.registry import method
+from modelglue.methods.registry import Round, method
 
 if TYPE_CHECKING:
     from torch import Tensor
