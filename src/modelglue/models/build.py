@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from modelglue.errors import CheckpointError
@@ -14,13 +14,12 @@ def empty_model(config: Mapping[str, Any], label: str, *, meta: bool = False) ->
     """A causal language model of the config's class, in float32 and evaluation mode, with uninitialised weights.
 
     With `meta` no memory is allocated for weights. Code that comes with a model is never run: CheckpointError for a config
-    whose class transformers does not have.
+    whose class transformers does not have, or that its class cannot be built from.
     """
     # Models are described by configs at hand; nothing here has a reason to ask the hub.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
 
     values = dict(config)
     kind = values.pop("model_type", None)
@@ -28,9 +27,21 @@ def empty_model(config: Mapping[str, Any], label: str, *, meta: bool = False) ->
         raise CheckpointError(f"{label}: its config.json has no model_type, so no live model can be made of it.")
     try:
         parsed = AutoConfig.for_model(kind, **values)
-        with torch.device("meta") if meta else nullcontext(), no_init_weights():
+        with torch.device("meta") if meta else nullcontext(), _without_initialisation():
             model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{label}: transformers cannot build model_type '{kind}' from its config: {error}") from error
+    except Exception as error:  # a foreign config goes through foreign code: anything may be raised
+        raise CheckpointError(
+            f"{label}: transformers cannot build model_type {kind!r} from its config: {error}. Restore the model's config.json."
+        ) from error
     model.tie_weights()  # part of the initialisation that was left out
     return model.eval()
+
+
+def _without_initialisation() -> AbstractContextManager[Any]:
+    """Random weights that are overwritten anyway cost minutes on large models; where transformers cannot leave them out, so be it."""
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:
+        return nullcontext()
+    context: AbstractContextManager[Any] = no_init_weights()
+    return context

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from modelglue.checkpoint import Checkpoint
 from modelglue.errors import CheckpointError
 from modelglue.models.build import empty_model
-from modelglue.models.names import Step, _some, loading_steps, uncovered
+from modelglue.models.names import Step, loading_steps, some, uncovered
 from modelglue.settings import CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
     import torch
 
-#: the table of names of a model is worked out once, however many candidates pass through it
-_STEPS: weakref.WeakKeyDictionary[Any, tuple[tuple[str, ...], list[Step]]] = weakref.WeakKeyDictionary()
+#: what is on disk (names and shapes) and how it gets into a model: worked out once, however many candidates pass through the model
+_STEPS: weakref.WeakKeyDictionary[Any, tuple[list[tuple[str, tuple[int, ...]]], list[Step]]] = weakref.WeakKeyDictionary()
 
 
 def load_live(checkpoint: Checkpoint, *, dtype: str | None = None) -> Any:
@@ -26,7 +26,7 @@ def load_live(checkpoint: Checkpoint, *, dtype: str | None = None) -> Any:
     """
     import torch
 
-    model = empty_model(checkpoint.config, repr(checkpoint))
+    model = _empty(checkpoint)
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
     load_into(checkpoint, model)
@@ -36,59 +36,79 @@ def load_live(checkpoint: Checkpoint, *, dtype: str | None = None) -> Any:
 def load_into(checkpoint: Checkpoint, model: Any) -> None:
     """Write every tensor of the checkpoint into the model, in place; what stood there is gone.
 
-    Shapes and names must fit exactly: no tensor is dropped, none is left as it was. Values are cast to the model's dtypes.
-    Time: one read of the checkpoint. Memory: one chunk; for tensors that transformers fuses (experts), one fused tensor.
+    Shapes and names must fit exactly, which is checked before anything is written: no tensor is dropped, none is left as it was. Values
+    are cast to the model's dtypes. Time: one read of the checkpoint. Memory: one chunk; for tensors that transformers fuses (experts),
+    twice one fused tensor.
     """
     import torch
 
-    label = repr(checkpoint)
-    steps = _steps_for(checkpoint, model, label)
+    steps = _fitting_steps(checkpoint, model)
     places: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     seen: dict[int, str] = {}
     with torch.no_grad():
         for step in steps:
-            if step.converter is None:
-                place = places[step.live]
-                name = step.sources[0][0]
-                _check_shape(label, name, checkpoint.info(name).shape, tuple(place.shape), type(model).__name__)
-                if id(place) in seen:
-                    _check_tied(checkpoint, name, seen[id(place)], label)
-                else:
-                    seen[id(place)] = name
-                    _stream(checkpoint, name, place)
-            else:
-                for live, value in _convert(checkpoint, model, step).items():
-                    if live not in places:
-                        raise CheckpointError(f"{label}: {type(model).__name__} has no place for '{live}'.")
-                    _check_shape(label, live, tuple(value.shape), tuple(places[live].shape), type(model).__name__)
+            if step.converter is not None:
+                for live, value in step.convert([checkpoint.tensor(name) for name, _ in step.sources], model).items():
                     places[live].copy_(value)
+                continue
+            place, name = places[step.live], step.sources[0][0]
+            if id(place) in seen:
+                _check_tied(checkpoint, name, seen[id(place)])
+            else:
+                seen[id(place)] = name
+                _stream(checkpoint, name, place)
 
 
-def _steps_for(checkpoint: Checkpoint, model: Any, label: str) -> list[Step]:
-    names = tuple(checkpoint.names())
+def check_fit(checkpoint: Checkpoint) -> None:
+    """Raise the CheckpointError that loading would raise for config, names or shapes. Reads headers only, allocates nothing."""
+    _fitting_steps(checkpoint, _empty(checkpoint, meta=True))
+
+
+def _empty(checkpoint: Checkpoint, *, meta: bool = False) -> Any:
+    config, tensors = checkpoint.config, len(checkpoint.names())
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > tensors:  # building them would take for ever
+        raise CheckpointError(f"{checkpoint!r}: its config claims {layers:,} layers, but it has only {tensors:,} tensors.")
+    return empty_model(config, repr(checkpoint), meta=meta)
+
+
+def _fitting_steps(checkpoint: Checkpoint, model: Any) -> list[Step]:
+    """How the checkpoint gets into the model; CheckpointError for a tensor without place, a place without tensor, or a wrong shape."""
+    tensors = [(name, checkpoint.info(name).shape) for name in checkpoint.names()]
     known = _STEPS.get(model)
-    if known is None or known[0] != names:
-        steps = loading_steps(model, names, label)
-        covered = [step.live for step in steps if step.converter is None]
-        for step in (step for step in steps if step.converter is not None):
-            covered += list(_convert(checkpoint, model, step))
-        missing = uncovered(model, [name for name in covered if name in model.state_dict()])
-        if missing:
-            raise CheckpointError(f"{label}: holds no values for {_some(missing)} of {type(model).__name__}.")
-        known = (names, steps)
+    if known is None or known[0] != tensors:
+        label, kind = repr(checkpoint), type(model).__name__
+        steps = loading_steps(model, [name for name, _ in tensors], label)
+        places = model.state_dict(keep_vars=True)
+        covered, shapes = [], dict(tensors)
+        for step in steps:
+            for live, shape in _live_shapes(step, shapes, model, label).items():
+                if live not in places:
+                    raise CheckpointError(f"{label}: {kind} has no place for '{live}'. The config does not describe these weights.")
+                if shape != tuple(places[live].shape):
+                    name = step.sources[0][0] if step.converter is None else live
+                    wanted = list(places[live].shape)
+                    raise CheckpointError(f"{label}: tensor '{name}' has the shape {list(shape)}, {kind} with this config needs {wanted}.")
+                covered.append(live)
+        if missing := uncovered(model, covered):
+            raise CheckpointError(f"{label}: holds no values for {some(missing)} of {kind}. Restore the model's files.")
+        known = (tensors, steps)
         _STEPS[model] = known
     return known[1]
 
 
-def _convert(checkpoint: Checkpoint, model: Any, step: Step) -> dict[str, torch.Tensor]:
-    """Run one conversion of transformers' table on the tensors that it wants."""
-    import copy
+def _live_shapes(step: Step, shapes: dict[str, tuple[int, ...]], model: Any, label: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every live tensor that a step makes, from shapes alone."""
+    import torch
 
-    converter = copy.deepcopy(step.converter)
-    for name, pattern in step.sources:
-        converter.add_tensor(step.live, name, pattern, checkpoint.tensor(name).clone())
-    result = converter.convert(step.live, model=model, config=model.config)
-    return {name: value[0] if isinstance(value, list) else value for name, value in result.items()}
+    if step.converter is None:
+        return {step.live: shapes[step.sources[0][0]]}
+    try:
+        made = step.convert([torch.empty(shapes[name], device="meta") for name, _ in step.sources], model)
+    except (RuntimeError, ValueError, IndexError, KeyError) as error:
+        names = [name for name, _ in step.sources]
+        raise CheckpointError(f"{label}: '{step.live}' cannot be made of {some(names)}: {error}") from error
+    return {live: tuple(value.shape) for live, value in made.items()}
 
 
 def _stream(checkpoint: Checkpoint, name: str, place: torch.Tensor) -> None:
@@ -100,16 +120,11 @@ def _stream(checkpoint: Checkpoint, name: str, place: torch.Tensor) -> None:
         flat[start:stop].copy_(checkpoint.read(name, start, stop))
 
 
-def _check_shape(label: str, name: str, found: tuple[int, ...], wanted: tuple[int, ...], kind: str) -> None:
-    if found != wanted:
-        raise CheckpointError(f"{label}: tensor '{name}' has the shape {list(found)}, {kind} with this config needs {list(wanted)}.")
-
-
-def _check_tied(checkpoint: Checkpoint, name: str, other: str, label: str) -> None:
+def _check_tied(checkpoint: Checkpoint, name: str, other: str) -> None:
     """Two tensors on disk for one place: fine while they say the same."""
     for start, stop in checkpoint.pieces(name, CHUNK_ELEMENTS):
         if not bool((checkpoint.read(name, start, stop) == checkpoint.read(other, start, stop)).all()):
             raise CheckpointError(
-                f"{label}: the config ties '{name}' to '{other}', but their values differ. "
+                f"{checkpoint!r}: the config ties '{name}' to '{other}', but their values differ. "
                 "Set tie_word_embeddings to false in config.json, or drop one of the two."
             )

@@ -1,20 +1,18 @@
 """Text in, text or log probabilities out: what evaluation and mixtures know of a model.
 
-The runner batches rows of similar length, pads on the left, and counts positions from the mask, so a row's answer does not
-depend (beyond rounding) on what it is batched with. Decoding is greedy with the model's own cache.
+Here text becomes ids and ids become text, by the conventions of lm-evaluation-harness; `likelihood` and `greedy` do the rest. A row's
+answer does not depend (beyond rounding) on what it is batched with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    import torch
-
-#: positions (rows x longest row) that one forward pass may hold
-BATCH_POSITIONS = 8192
-MAX_ROWS = 128
+from modelglue.errors import CheckpointError
+from modelglue.models.cached import CachedModel, common_length
+from modelglue.models.greedy import Stops, continue_rows, decode
+from modelglue.models.likelihood import Row, score_rows
 
 
 class TextModel(Protocol):
@@ -33,7 +31,7 @@ class LiveTextModel:
     """A transformers causal model with its tokenizer, on the CPU or wherever the model is.
 
     Log probabilities are NaN where the model's are; whoever scores decides what that means. Contexts longer than the model's limit
-    keep their end; `truncated` counts them.
+    keep their end; `truncated` counts them. Raises CheckpointError for an id that the model has no embedding for.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -41,145 +39,80 @@ class LiveTextModel:
         self.truncated = 0
         config = model.config.get_text_config()
         self._limit = int(getattr(config, "max_position_embeddings", None) or 2**30)
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        ends = [tokenizer.eos_token_id, config.eos_token_id]
-        if getattr(model, "generation_config", None) is not None:
-            ends.append(model.generation_config.eos_token_id)
-        flat = [end for entry in ends for end in (entry if isinstance(entry, list) else [entry]) if end is not None]
-        self._ends = sorted(set(flat))
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        pad = tokenizer.pad_token_id
+        self._reader = CachedModel(model, pad if pad is not None and pad < self._vocabulary else 0)
+        ends = [tokenizer.eos_token_id, config.eos_token_id, getattr(getattr(model, "generation_config", None), "eos_token_id", None)]
+        self._ends = {end for entry in ends for end in (entry if isinstance(entry, list) else [entry]) if end is not None}
+        self._specials = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        # What an empty context is: the beginning-of-sequence id, else the end-of-text id.
+        self._first = int(next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0))
+        self._first_text = "" if tokenizer.bos_token_id is tokenizer.eos_token_id is None else str(tokenizer.decode([self._first]))
+        self._closes = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """One forward pass over every distinct row. The suffix after the longest common prefix of the ids of `context` and of
-        `context + continuation` is scored, so a token that spans the border counts to the continuation."""
+        """What all contexts begin with is read once, then every distinct context once, then every continuation once.
+
+        The suffix after the longest common prefix of the ids of `context` and of `context + continuation` is scored, so a token that spans
+        the border counts to the continuation. Blanks at a context's end move to the continuation.
+        """
         import torch
 
-        rows, starts = [], []
-        for context, continuation in pairs:
-            ids, start = self._split(context, continuation)
-            if len(ids) > self._limit + 1:
-                self.truncated += 1
-                start = max(start - (len(ids) - self._limit - 1), 1)
-                ids = ids[-(self._limit + 1) :]
-            rows.append(ids)
-            starts.append(start)
-        results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
-        for places in batches([len(ids) for ids in rows]):
-            inputs = [rows[place][:-1] for place in places]
-            with torch.inference_mode():
-                logits = self._forward(inputs)  # [B, T, V], left-padded
-                width = logits.shape[1]
-                for row, place in enumerate(places):
-                    targets = torch.tensor(rows[place][starts[place] :], device=logits.device)
-                    first = width - (len(rows[place]) - starts[place])
-                    scored = logits[row, first:].float().log_softmax(dim=-1)  # [targets, V]
-                    total = scored.gather(1, targets[:, None]).sum(dtype=torch.float64)
-                    results[place] = (float(total), bool((scored.argmax(dim=-1) == targets).all()))
-        return results
+        with torch.inference_mode():
+            return score_rows(self._reader, self._rows(pairs), self._vocabulary)
 
     def generate(self, prompts: Sequence[str], *, until: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy, with the model's cache; a row stops at an end-of-text id or when its decoded text holds a stop string."""
         import torch
 
-        limit = max(self._limit - max_new_tokens, 1)
+        texts = [""] * len(prompts)
+        steps = min(max_new_tokens, self._limit - 1)
+        if steps < 1:
+            return texts
         rows = []
-        for prompt in prompts:
-            ids = self._encode(prompt) or [self._first()]
-            self.truncated += len(ids) > limit
-            rows.append(ids[-limit:])
-        texts = [""] * len(rows)
-        for places in batches([len(ids) + max_new_tokens for ids in rows]):
-            with torch.inference_mode():
-                found = self._continue([rows[place] for place in places], until, max_new_tokens)
-            for place, text in zip(places, found, strict=True):
-                texts[place] = text
+        for ids in self._encode(prompts):
+            self.truncated += len(ids) > self._limit - steps
+            rows.append(ids[steps - self._limit :] or [self._first])
+        stops = Stops(self.tokenizer, until)
+        ends = self._ends | {self._specials[stop] for stop in until if stop in self._specials}  # decoded text does not show these
+        with torch.inference_mode():
+            for place, ids in continue_rows(self._reader, rows, steps, ends, stops):
+                texts[place] = stops.cut(decode(self.tokenizer, ids))
         return texts
 
-    def _continue(self, rows: Sequence[list[int]], until: Sequence[str], steps: int) -> list[str]:
-        import torch
+    def _rows(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+        kept = [context.rstrip() for context, _ in pairs]
+        whole = [context + continuation for context, continuation in pairs]
+        texts = list(dict.fromkeys(kept + whole))
+        encoded = dict(zip(texts, self._encode(texts), strict=True))
+        rows = []
+        for context, text in zip(kept, whole, strict=True):
+            ids = encoded[text]
+            start = common_length(ids, encoded[context]) if context else 0
+            if start == 0:
+                ids = ids if ids[:1] == [self._first] else [self._first, *ids]
+                start = 1
+            over = max(len(ids) - self._limit - 1, 0)  # the last id is only predicted
+            self.truncated += over > 0
+            rows.append(Row(ids[over:], max(start - over, 1)))
+        return rows
 
-        ids, mask = self._padded(rows)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        cache, fresh = None, ids
-        written: list[list[int]] = [[] for _ in rows]
-        running = list(range(len(rows)))
-        for _ in range(steps):
-            output = self.model(
-                input_ids=fresh, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            cache = output.past_key_values
-            chosen = output.logits[:, -1].float().argmax(dim=-1)  # NaN wins every argmax: such rows end in nonsense, visibly
-            still = []
-            for row in running:
-                token = int(chosen[row])
-                if token in self._ends:
-                    continue
-                written[row].append(token)
-                text = self.tokenizer.decode(written[row], skip_special_tokens=True)
-                if not any(stop in text for stop in until):
-                    still.append(row)
-            running = still
-            if not running:
-                break
-            fresh = chosen[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            positions = positions[:, -1:] + 1
-        return [_cut(self.tokenizer.decode(row, skip_special_tokens=True), until) for row in written]
+    def _begins(self, text: str) -> bool:
+        return bool(self._first_text) and text.startswith(self._first_text)
 
-    def _forward(self, rows: Sequence[list[int]]) -> torch.Tensor:
-        ids, mask = self._padded(rows)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        logits: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        return logits
-
-    def _padded(self, rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
-
-        width = max(len(row) for row in rows)
-        ids = torch.tensor([[self._pad] * (width - len(row)) + row for row in rows], device=self.model.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
-        return ids, mask
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        if len(ids) > 1 and ids[-1] in self._ends and ids[-1] == self.tokenizer.eos_token_id:
-            ids = ids[:-1]  # some tokenizers close every text; a context is not closed
-        return ids
-
-    def _first(self) -> int:
-        """What an empty context is: the beginning-of-sequence id, else the end-of-text id (the harness's convention)."""
-        for candidate in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            if candidate is not None:
-                return int(candidate)
-        return int(self._pad)
-
-    def _split(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """(ids of both, where the continuation starts). Blanks at the context's end move to the continuation, as in the harness."""
-        kept = context.rstrip()
-        if kept:
-            continuation = context[len(kept) :] + continuation
-            both, alone = self._encode(kept + continuation), self._encode(kept)
-            start = next((i for i, (a, b) in enumerate(zip(both, alone, strict=False)) if a != b), min(len(both), len(alone)))
-        else:
-            both, start = self._encode(context + continuation), 0
-        if start == 0:
-            if not both or both[0] != self._first():
-                both = [self._first(), *both]
-            start = 1
-        return both, start
-
-
-def batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Places of rows, long ones first, in batches of similar length; a function of the lengths alone."""
-    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
-    found: list[list[int]] = []
-    for place in order:
-        longest = lengths[found[-1][0]] if found else 0
-        if not found or len(found[-1]) >= MAX_ROWS or (len(found[-1]) + 1) * longest > BATCH_POSITIONS:
-            found.append([])
-        found[-1].append(place)
-    return found
-
-
-def _cut(text: str, until: Sequence[str]) -> str:
-    places = [text.index(stop) for stop in until if stop and stop in text]
-    return text[: min(places)] if places else text
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids with the tokenizer's own special tokens, but no text is closed, and none is begun that begins itself."""
+        found: list[list[int]] = [[] for _ in texts]
+        for begun in (False, True):
+            places = [place for place, text in enumerate(texts) if self._begins(text) == begun]
+            if places:
+                rows = self.tokenizer([texts[place] for place in places], add_special_tokens=not begun, verbose=False)["input_ids"]
+                for place, ids in zip(places, rows, strict=True):
+                    found[place] = ids[:-1] if self._closes and not begun else ids
+        for text, ids in zip(texts, found, strict=True):
+            if max(ids, default=0) >= self._vocabulary:
+                raise CheckpointError(
+                    f"the tokenizer makes id {max(ids)} of {text[:40]!r}, but the model has embeddings for {self._vocabulary} ids only. "
+                    "Give the model the tokenizer that it was trained with."
+                )
+        return found

@@ -1,0 +1,89 @@
+"""Greedy decoding of many rows at once, with stop strings that may end inside a token."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from modelglue.models.cached import CachedModel, Past, batches
+
+#: rows that have ended are taken out of a running batch when they are at least this share of it
+_ENDED_SHARE = 0.25
+
+
+class Stops:
+    """The stop strings of one call, for one tokenizer."""
+
+    def __init__(self, tokenizer: Any, until: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._until = [stop for stop in until if stop]
+        self._pieces: dict[int, str] = {}
+        # Decoders make up blanks and join bytes to characters; every other character of a text stands in the text of one of its ids.
+        self._findable = all(stop[-1].isascii() and stop[-1] != " " for stop in self._until)
+        self._findable &= not getattr(tokenizer, "clean_up_tokenization_spaces", False)
+
+    def reached(self, ids: Sequence[int]) -> bool:
+        """Whether the text of `ids` holds a stop string; without the last id it is known to hold none.
+
+        A stop string that has just been completed ends in what the last id added, so most ids are dismissed without decoding the row.
+        """
+        if not self._until or (self._findable and not self._may_end(ids[-1])):
+            return False
+        text = decode(self._tokenizer, ids)
+        return any(stop in text for stop in self._until)
+
+    def cut(self, text: str) -> str:
+        """The text before the first stop string."""
+        return text[: min((text.index(stop) for stop in self._until if stop in text), default=len(text))]
+
+    def _may_end(self, token: int) -> bool:
+        if token not in self._pieces:
+            self._pieces[token] = decode(self._tokenizer, [token])
+        piece = self._pieces[token]
+        return not piece or "\ufffd" in piece or any(stop[-1] in piece for stop in self._until)
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of ids, without special tokens."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def continue_rows(
+    reader: CachedModel, rows: Sequence[list[int]], steps: int, ends: Collection[int], stops: Stops
+) -> Iterator[tuple[int, list[int]]]:
+    """(place, ids written after the row), in no particular order: at most `steps` ids, up to an end id or a stop string.
+
+    What all rows begin with is read once. Memory: one batch of at most BATCH_POSITIONS positions.
+    """
+    lengths = [len(row) + steps for row in rows]
+    shared, past = reader.shared([row[:-1] for row in rows], max(lengths, default=0))
+    for places in batches(lengths):
+        before = None if past is None else past.rows([0] * len(places))
+        yield from zip(places, _continue(reader, [rows[place][shared:] for place in places], before, steps, ends, stops), strict=True)
+
+
+def _continue(
+    reader: CachedModel, rows: Sequence[list[int]], past: Past | None, steps: int, ends: Collection[int], stops: Stops
+) -> list[list[int]]:
+    """One batch. Rows that have ended run on until enough of them can be taken out together."""
+    import torch
+
+    written: list[list[int]] = [[] for _ in rows]
+    batch = list(range(len(rows)))  # the row at each place of the batch
+    running = set(batch)
+    logits, past = reader.read(rows, past, keep=1)
+    while True:
+        chosen = logits[:, -1].float().argmax(dim=-1)  # NaN wins every argmax: such rows end in nonsense, visibly
+        for row, token in zip(batch, chosen.tolist(), strict=True):
+            if row in running:
+                if token not in ends:
+                    written[row].append(token)
+                if token in ends or len(written[row]) == steps or stops.reached(written[row]):
+                    running.remove(row)
+        if not running:
+            return written
+        if reader.shareable and len(running) <= (1 - _ENDED_SHARE) * len(batch):
+            kept = [place for place, row in enumerate(batch) if row in running]
+            batch = [batch[place] for place in kept]
+            past, chosen = past.rows(kept), chosen[torch.tensor(kept, device=chosen.device)]
+        logits, past = reader.step(chosen, past)

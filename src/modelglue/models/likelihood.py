@@ -1,0 +1,109 @@
+"""Log probabilities of continuations: every context is read once, whatever the number of its continuations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from modelglue.models.cached import BATCH_POSITIONS, CachedModel, Past, batches
+
+if TYPE_CHECKING:
+    import torch
+
+#: logits that one forward pass may leave behind
+_LOGIT_ELEMENTS = 2**28
+#: log probabilities that are held in float32 at a time
+_SCORED_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True)
+class Row:
+    """Ids of a context (at least one) and its continuation, and where the continuation starts."""
+
+    ids: list[int]
+    start: int
+
+
+@dataclass(frozen=True)
+class _Stem:
+    """What one row of a forward pass reads, and the places of the rows that are scored with it.
+
+    A row by itself is read whole, but for its last id, which is only predicted; of several rows, their context is read.
+    """
+
+    ids: list[int]
+    places: list[int]
+
+
+def score_rows(reader: CachedModel, rows: Sequence[Row], vocabulary: int) -> list[tuple[float, bool]]:
+    """(sum of the log probabilities of a row's continuation, is every id of it the most probable one) for each row.
+
+    Memory: one batch of at most BATCH_POSITIONS positions, and its logits where they are scored.
+    """
+    tally = _Tally([0.0] * len(rows), [True] * len(rows))
+    longest = max((len(row.ids) for row in rows), default=0)
+    stems = _stems(rows, share=longest <= reader.shareable)
+    shared, past = reader.shared([stem.ids[: rows[stem.places[0]].start - 1] for stem in stems], longest)
+    positions = min(BATCH_POSITIONS, _LOGIT_ELEMENTS // vocabulary)
+    for batch in batches([len(stem.ids) for stem in stems], positions):
+        chosen = [stems[number] for number in batch]
+        heads = [
+            (i, place, rows[place].ids[rows[place].start : len(stem.ids) + 1]) for i, stem in enumerate(chosen) for place in stem.places
+        ]
+        before = None if past is None else past.rows([0] * len(chosen))
+        logits, after = reader.read([stem.ids[shared:] for stem in chosen], before, keep=_longest(heads))
+        tally.add(logits, heads)
+        tails = [(number, place) for number, place, head in heads if rows[place].start + len(head) < len(rows[place].ids)]
+        for part in batches([len(rows[place].ids) for _, place in tails], positions):
+            _score_tails(reader, [tails[i] for i in part], rows, after, tally)
+    return list(zip(tally.totals, tally.greedy, strict=True))
+
+
+def _score_tails(reader: CachedModel, tails: Sequence[tuple[int, int]], rows: Sequence[Row], past: Past, tally: _Tally) -> None:
+    """The rest of continuations whose first id their context has predicted."""
+    targets = [(number, place, rows[place].ids[rows[place].start + 1 :]) for number, (_, place) in enumerate(tails)]
+    pieces = [rows[place].ids[rows[place].start : -1] for _, place in tails]
+    logits, _ = reader.read(pieces, past.rows([row for row, _ in tails]), keep=_longest(targets))
+    tally.add(logits, targets)
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """Running sums by the row's place."""
+
+    totals: list[float]
+    greedy: list[bool]
+
+    def add(self, logits: torch.Tensor, targets: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """Count (row of the batch, place, ids) in: the logits [B, K, V] at the last positions predict the ids."""
+        import torch
+
+        cells = [(row, i - len(ids), target, place) for row, place, ids in targets for i, target in enumerate(ids)]
+        step = max(_SCORED_ELEMENTS // logits.shape[-1], 1)
+        for start in range(0, len(cells), step):
+            part = cells[start : start + step]
+            row, position, target = torch.tensor([cell[:3] for cell in part], device=logits.device).T
+            scored = logits[row, position].float().log_softmax(dim=-1)  # [cells, V]
+            values = scored.gather(1, target[:, None])[:, 0].tolist()
+            best = (scored.argmax(dim=-1) == target).tolist()
+            for cell, value, is_best in zip(part, values, best, strict=True):
+                self.totals[cell[3]] += value
+                self.greedy[cell[3]] &= is_best
+
+
+def _stems(rows: Sequence[Row], *, share: bool) -> list[_Stem]:
+    """What has to be read to score the rows; rows without a continuation need nothing."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, row in enumerate(rows):
+        if row.start < len(row.ids):
+            groups.setdefault(tuple(row.ids[: row.start]) if share else (place,), []).append(place)
+    stems = []
+    for places in groups.values():
+        row = rows[places[0]]
+        stems.append(_Stem(row.ids[:-1] if len(places) == 1 else row.ids[: row.start], places))
+    return stems
+
+
+def _longest(targets: Sequence[tuple[int, int, Sequence[int]]]) -> int:
+    return max(len(ids) for _, _, ids in targets)
