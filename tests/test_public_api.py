@@ -1,0 +1,147 @@
+"""What people's code and scripts rest on, frozen as literals: public names, commands, options, exit codes of the error family.
+
+A change here is a change for users: it belongs in the changelog.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import pytest
+
+import modelglue
+from modelglue import errors
+from modelglue.cli.app import COMMANDS, app
+
+NAMES = """
+Checkpoint Mixture ModelGlueError RunError UserError __version__ check evaluate find_families glue load_into load_live merge method open
+save select similarity
+""".split()  # noqa: SIM905
+
+FLOOR_NAMES = {
+    "evaluation": "CandidateEvaluator ScoreStore TaskSet evaluate leak_check score_text_model",
+    "methods": "Method Parameter PerModel Range all_methods get method per_model",
+    "recipe": """
+        FORMAT Candidate CheckReport Document Evaluator Recipe Scores build canonical check check_mergeable dump interval linear_recipe
+        load_document merge paired_interval parse_document read_document read_recipe read_with_models validate vocabulary warnings_of
+    """,
+}
+
+#: command -> its options, in the order of its help; words in capitals are arguments without a name
+OPTIONS = {
+    "demo": "--run --workers --overwrite --quiet --json",
+    "glue": "--source --run --workers --overwrite --quiet --json",
+    "merge": "--recipe --out --workers --shard-size --overwrite --quiet --json",
+    "check": "--recipe --workers --json",
+    "methods": "--name --json",
+    "inspect": "--model --identity --json",
+    "similarity": "MODELS --zoo --mode --scope --base --threshold --linkage --out --overwrite --json --quiet",
+    "eval": "MODELS --tasks --include --store --json --quiet",
+    "report": "--run --json --quiet",
+}
+
+EXIT_CODES = {"UserError": 2, "RecipeError": 2, "CheckpointError": 2, "MergeError": 2, "RunError": 1, "ModelGlueError": 1}
+
+
+def test_public_names() -> None:
+    assert list(modelglue.__all__) == NAMES
+    assert dir(modelglue) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_name_is_there(name: str) -> None:
+    value = getattr(modelglue, name)
+    assert isinstance(value, str) if name == "__version__" else callable(value)
+
+
+def test_public_names_are_their_homes() -> None:
+    """The door hands out what the floors have, under the same names; `open` is the one that is called otherwise inside."""
+    from modelglue.checkpoint import open_checkpoint, save
+    from modelglue.recipe import merge
+    from modelglue.zoo import similarity
+
+    assert modelglue.open is open_checkpoint
+    assert (modelglue.save, modelglue.merge, modelglue.similarity) == (save, merge, similarity)
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'merg'"):
+        _ = modelglue.merg  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("floor", FLOOR_NAMES)
+def test_names_of_the_floors(floor: str) -> None:
+    module = importlib.import_module(f"modelglue.{floor}")
+    names = FLOOR_NAMES[floor].split()
+    assert set(names) <= set(module.__all__)
+    assert [name for name in module.__all__ if not hasattr(module, name)] == []
+    if floor in ("recipe", "methods"):
+        assert sorted(module.__all__) == sorted(names)
+
+
+def test_exit_codes() -> None:
+    family = {
+        name: value.exit_code for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, errors.ModelGlueError)
+    }
+    assert family == EXIT_CODES
+
+
+# -- the command line -------------------------------------------------------------------------------------------------------------
+
+
+def arguments(command: str) -> Any:
+    return app[command].assemble_argument_collection(parse_docstring=True)
+
+
+def test_commands() -> None:
+    assert list(COMMANDS) == list(OPTIONS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options(command: str) -> None:
+    assert [name for argument in arguments(command) for name in argument.names] == OPTIONS[command].split()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_described(command: str) -> None:
+    for argument in arguments(command):
+        text = argument.parameter.help
+        assert text, f"{command} {argument.names}: has no help"
+        assert text[0].isupper(), f"{command} {argument.names}: {text}"
+        assert text.endswith("."), f"{command} {argument.names}: {text}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_list_of_commands_says_what_the_command_says(command: str) -> None:
+    path, text = COMMANDS[command]
+    module, _, function = path.partition(":")
+    doc = inspect.getdoc(getattr(importlib.import_module(module), function))
+    assert doc is not None
+    assert " ".join(doc.split("\n\n")[0].split()).startswith(text.removesuffix("."))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_have_one_spelling(command: str) -> None:
+    """No --no-json: a switch that is off by default needs no second name."""
+    for argument in arguments(command):
+        if argument.hint is bool:
+            assert len(argument.names) == 1, argument.names
+            assert argument.parameter.negative == (), argument.names
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("generate",)])
+def test_commands_that_compute_have_machine_readable_output(command: str) -> None:
+    assert "--json" in OPTIONS[command].split()
+
+
+def test_every_method_is_documented_for_the_command_line() -> None:
+    from modelglue.methods import all_methods
+
+    assert [method.id for method in all_methods()] == ["dare_ties", "linear", "model_stock", "slerp", "task_arithmetic", "ties"]
+    for method in all_methods():
+        assert method.summary.endswith("."), method.id
+        assert method.source, method.id
+        for parameter in method.parameters:
+            assert parameter.doc, f"{method.id}: {parameter.name}"
