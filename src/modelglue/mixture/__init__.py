@@ -1,9 +1,9 @@
 """Floor 5: several models behind a router."""
 
 from modelglue.mixture.diagnostics import LoadReport, SelfTest, load_report, oracle_gap
-from modelglue.mixture.folder import Manifest, read_manifest, write_mixture
+from modelglue.mixture.folder import Manifest, is_mixture, read_manifest, write_mixture
 from modelglue.mixture.router import Encoded, Reader, build_gate, entering, gate_row
-from modelglue.mixture.runtime import Mixture, Route
+from modelglue.mixture.runtime import Mixture, Route, Routed
 from modelglue.mixture.spec import DOMAIN_PROMPTS, ExpertSpec, RouterSpec, domain_prompts
 
 __all__ = [
@@ -15,12 +15,14 @@ __all__ = [
     "Mixture",
     "Reader",
     "Route",
+    "Routed",
     "RouterSpec",
     "SelfTest",
     "build_gate",
     "domain_prompts",
     "entering",
     "gate_row",
+    "is_mixture",
     "load_report",
     "oracle_gap",
     "read_manifest",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from modelglue.errors import UserError
 from modelglue.mixture.router import Reader, prompt_logits, worst_margin
 from modelglue.mixture.spec import ExpertSpec
 
@@ -52,17 +53,22 @@ class _Settings(Protocol):
     @property
     def router_layer(self) -> int: ...
     @property
+    def route_span(self) -> str: ...
+    @property
     def encoder(self) -> str: ...
 
 
 def self_test(reader: Reader, experts: Sequence[ExpertSpec], gate: torch.Tensor, settings: _Settings) -> SelfTest:
-    """Route every positive prompt and compare with the expert it belongs to."""
+    """Route every positive prompt and compare with the expert it belongs to. Raises UserError when no expert has one."""
     import torch
 
+    if not any(expert.positive for expert in experts):
+        raise UserError("the router's self-test needs prompts, and no expert has positive ones. Make the mixture with prompts.")
+    logits = prompt_logits(reader, experts, gate, settings.route_span)
     confusion = [[0] * len(experts) for _ in experts]
-    for own, logits in enumerate(prompt_logits(reader, experts, gate).values()):
-        for row in logits.tolist():
-            confusion[own][max(range(len(row)), key=lambda i: (row[i], -i))] += 1
+    for own, rows in enumerate(logits):
+        for row in rows.tolist():
+            confusion[own][winner(row)] += 1
     condition = float(torch.linalg.cond(gate.double()))
     warnings = []
     if condition > _HIGH_CONDITION:
@@ -71,11 +77,15 @@ def self_test(reader: Reader, experts: Sequence[ExpertSpec], gate: torch.Tensor,
         if row[own] < sum(row):
             warnings.append(f"{sum(row) - row[own]} of {sum(row)} prompts of '{experts[own].name}' reach another expert.")
     return SelfTest(
-        experts=tuple(expert.name for expert in experts), confusion=tuple(map(tuple, confusion)),
-        margin=worst_margin(reader, experts, gate),
+        experts=tuple(expert.name for expert in experts), confusion=tuple(map(tuple, confusion)), margin=worst_margin(logits),
         condition_number=condition, gate_mode=str(settings.gate_mode), router_layer=settings.router_layer, encoder=settings.encoder,
         warnings=tuple(warnings),
     )  # fmt: skip
+
+
+def winner(logits: Sequence[float]) -> int:
+    """The expert with the largest logit; of equal ones the first."""
+    return max(range(len(logits)), key=lambda number: (logits[number], -number))
 
 
 class _Router(Protocol):
@@ -108,6 +118,6 @@ def load_report(mixture: _Router, contexts: Mapping[str, Sequence[str]]) -> Load
 
 
 def oracle_gap(experts: Mapping[str, Mapping[str, float]], mixture: Mapping[str, float]) -> float:
-    """Mean over tasks of the best expert's score minus the mixture's: large means a bad router, not bad experts."""
+    """Mean over the mixture's tasks of the best expert's score minus the mixture's: large means a bad router, not bad experts."""
     gaps = [max(scores[task] for scores in experts.values()) - value for task, value in mixture.items()]
     return sum(gaps) / len(gaps)

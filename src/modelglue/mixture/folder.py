@@ -8,22 +8,24 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from modelglue.checkpoint import SafetensorsCheckpoint, TensorsCheckpoint, json_bytes, open_checkpoint, staged, tensor_file
+from modelglue.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorsCheckpoint, json_bytes, open_checkpoint, staged, tensor_file
 from modelglue.errors import CheckpointError, UserError
 from modelglue.mixture.router import Reader, build_gate
-from modelglue.mixture.spec import ExpertSpec, GateMode, RouterSpec
-from modelglue.models import load_live, load_tokenizer
+from modelglue.mixture.spec import EXPERT_NAME, ROUTE_SPAN, ExpertSpec, GateMode, RouterSpec
+from modelglue.models import check_fit, load_live, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT = "modelglue-mixture/1"
 MANIFEST = "mixture.json"
 ROUTER = "router.safetensors"
+ENCODER = "encoder"
+#: endings of the files that make a model
+_MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".md", ".yaml")
 
 
 class Prompts(BaseModel):
@@ -38,7 +40,7 @@ class Expert(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: Annotated[str, Field(pattern=f"^{EXPERT_NAME}$")]
     reference: str
     identity: str
     architecture: str | None
@@ -51,28 +53,29 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal["modelglue-mixture/1"] = FORMAT
+    format: Literal["modelglue-mixture/1"] = "modelglue-mixture/1"
     level: Literal["model"] = "model"
     routing: Literal["sample"] = "sample"
     top_k: Literal[1] = 1
     router: Literal["linear"] = "linear"
     gate_mode: GateMode
-    router_layer: int
-    temperature: float
-    route_span: str
+    router_layer: Annotated[int, Field(ge=0)]
+    temperature: Annotated[float, Field(gt=0)]
+    route_span: Annotated[str, Field(pattern=f"^({ROUTE_SPAN})$")]
     encoder: str
     encoder_identity: str
-    experts: tuple[Expert, ...]
-
-    def identities(self) -> dict[str, str]:
-        """Reference -> identity of everything that must not have changed."""
-        return {self.encoder: self.encoder_identity, **{expert.reference: expert.identity for expert in self.experts}}
+    experts: Annotated[tuple[Expert, ...], Field(min_length=2)]
 
     def specs(self, directory: Path) -> list[ExpertSpec]:
         return [
             ExpertSpec(expert.name, directory / expert.reference, expert.prompts.positive, expert.prompts.negative, expert.domain)
             for expert in self.experts
         ]
+
+
+def is_mixture(path: str | Path) -> bool:
+    """Whether a path is a mixture directory; says nothing about whether it is a sound one."""
+    return (Path(path) / MANIFEST).is_file()
 
 
 def write_mixture(
@@ -86,10 +89,52 @@ def write_mixture(
 ) -> Manifest:
     """Make a mixture directory. The gate is built from the experts' prompts through `encoder`.
 
-    Reads every expert once to hash it (remembered), and runs a few dozen short prompts through the encoder. With `pack` the experts
-    are copied into the folder. Raises UserError for experts that cannot be one, or prompts that no router can use.
+    Reads every expert once to hash it (remembered), and runs a few dozen short prompts through the encoder. With `pack` experts
+    and encoder are copied into the folder. Raises UserError for experts that cannot be one, or prompts that no router can use.
     """
     directory = Path(directory)
+    opened = _open_experts(directory, experts)
+    read = open_checkpoint(encoder)
+    reader = Reader(load_live(read), load_tokenizer(read), router.router_layer)
+    gate, mode = build_gate(reader, experts, router)
+    identities = [checkpoint.identity for checkpoint in opened]
+    settings = [
+        [expert.name for expert in experts], identities, read.identity, mode, router.router_layer, router.temperature, router.route_span,
+        gate.tolist(), pack,
+    ]  # fmt: skip
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    with staged(directory, key=key, overwrite=overwrite) as folder:
+        if pack:
+            _pack(folder, experts, opened, encoder, read)
+        places = [f"experts/{expert.name}" if pack else _seen_from(directory, expert.path) for expert in experts]
+        manifest = Manifest.model_validate(
+            {
+                "gate_mode": mode,
+                "router_layer": router.router_layer,
+                "temperature": router.temperature,
+                "route_span": router.route_span,
+                "encoder": _place_of_encoder(directory, encoder, experts, places, pack),
+                "encoder_identity": read.identity,
+                "experts": [
+                    {
+                        "name": expert.name,
+                        "reference": place,
+                        "identity": identity,
+                        "domain": expert.domain,
+                        "architecture": next(iter(checkpoint.config.get("architectures") or []), None),
+                        "prompts": {"positive": expert.positive, "negative": expert.negative},
+                    }
+                    for expert, checkpoint, identity, place in zip(experts, opened, identities, places, strict=True)
+                ],
+            }
+        )
+        (folder / ROUTER).write_bytes(tensor_file(TensorsCheckpoint({"gate": gate})))
+        (folder / MANIFEST).write_bytes(json_bytes(manifest.model_dump(mode="json")))
+    return manifest
+
+
+def _open_experts(directory: Path, experts: Sequence[ExpertSpec]) -> list[Checkpoint]:
+    """The experts' checkpoints; all that can be refused before anything is read is refused here."""
     if len(experts) < 2:
         raise UserError(f"{directory}: a mixture needs at least 2 experts, {len(experts)} given.")
     names = [expert.name for expert in experts]
@@ -97,53 +142,44 @@ def write_mixture(
         raise UserError(f"{directory}: experts must have different names, got {', '.join(names)}.")
     opened = [open_checkpoint(expert.path) for expert in experts]
     for expert, checkpoint in zip(experts, opened, strict=True):
-        if not ({"tokenizer.json", "tokenizer.model", "vocab.json"} & set(checkpoint.files)):
-            raise UserError(f"expert '{expert.name}' ({expert.path}) has no tokenizer; at model level every expert needs its own.")
-    read = open_checkpoint(encoder)
-    reader = Reader(load_live(read), load_tokenizer(read), router.router_layer)
-    gate, mode = build_gate(reader, experts, router)
-    identities = [checkpoint.identity for checkpoint in opened]
-    settings = [names, identities, read.identity, mode, router.router_layer, router.temperature, router.route_span, gate.tolist(), pack]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    with staged(directory, key=key, overwrite=overwrite) as folder:
-        places = _places(directory, folder, experts, pack)
-        manifest = Manifest(
-            gate_mode=mode,  # type: ignore[arg-type]
-            router_layer=router.router_layer,
-            temperature=router.temperature,
-            route_span=router.route_span,
-            encoder=_place_of_encoder(directory, encoder, experts, places),
-            encoder_identity=read.identity,
-            experts=tuple(
-                Expert(
-                    name=expert.name, reference=place, identity=identity, domain=expert.domain,
-                    architecture=next(iter(checkpoint.config.get("architectures") or []), None),
-                    prompts=Prompts(positive=expert.positive, negative=expert.negative),
-                )
-                for expert, checkpoint, identity, place in zip(experts, opened, identities, places, strict=True)
-            ),
-        )  # fmt: skip
-        (folder / ROUTER).write_bytes(tensor_file(TensorsCheckpoint({"gate": gate})))
-        (folder / MANIFEST).write_bytes(json_bytes(manifest.model_dump(mode="json")))
-    return manifest
+        if not ({"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"} & set(checkpoint.files)):
+            raise UserError(
+                f"expert '{expert.name}' ({expert.path}) has no tokenizer; at model level every expert needs its own. "
+                "Put its tokenizer.json into the folder."
+            )
+        check_fit(checkpoint)
+    return opened
 
 
-def _places(directory: Path, folder: Path, experts: Sequence[ExpertSpec], pack: bool) -> list[str]:
-    """Where the experts stand, as seen from the mixture directory; packed ones are copied first."""
-    if not pack:
-        return [os.path.relpath(expert.path.resolve(), directory.resolve()) for expert in experts]
-    for expert in experts:
-        target = folder / "experts" / expert.name
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(expert.path, target)
-    return [f"experts/{expert.name}" for expert in experts]
+def _pack(folder: Path, experts: Sequence[ExpertSpec], opened: Sequence[Checkpoint], encoder: Path, read: Checkpoint) -> None:
+    """Copy the files that make each model; links (the hub's cache is made of them) become files."""
+    sources = {f"experts/{expert.name}": checkpoint for expert, checkpoint in zip(experts, opened, strict=True)}
+    if not any(_same(expert.path, encoder) for expert in experts):
+        sources[ENCODER] = read
+    for place, checkpoint in sources.items():
+        assert isinstance(checkpoint, SafetensorsCheckpoint)
+        shutil.rmtree(folder / place, ignore_errors=True)
+        (folder / place).mkdir(parents=True)
+        for path in sorted(checkpoint.path.iterdir()):
+            wanted = path.name.endswith(_MODEL_FILES) or path.name == "LICENSE"
+            if wanted and path.is_file() and not path.name.startswith("."):
+                shutil.copyfile(path, folder / place / path.name)
 
 
-def _place_of_encoder(directory: Path, encoder: Path, experts: Sequence[ExpertSpec], places: Sequence[str]) -> str:
+def _seen_from(directory: Path, path: Path) -> str:
+    """How the mixture directory refers to a model: by relative path, or by hub id."""
+    return os.path.relpath(path.resolve(), directory.resolve()) if path.exists() else str(path)
+
+
+def _same(first: Path, second: Path) -> bool:
+    return first.resolve() == second.resolve()
+
+
+def _place_of_encoder(directory: Path, encoder: Path, experts: Sequence[ExpertSpec], places: Sequence[str], pack: bool) -> str:
     for expert, place in zip(experts, places, strict=True):
-        if expert.path.resolve() == encoder.resolve():
+        if _same(expert.path, encoder):
             return place
-    return os.path.relpath(encoder.resolve(), directory.resolve())
+    return ENCODER if pack else _seen_from(directory, encoder)
 
 
 def read_manifest(directory: Path) -> tuple[Manifest, torch.Tensor]:
@@ -154,12 +190,22 @@ def read_manifest(directory: Path) -> tuple[Manifest, torch.Tensor]:
         manifest = Manifest.model_validate(value)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Give the folder of a mixture.") from error
-    except (ValueError, ValidationError) as error:
-        raise CheckpointError(f"{path}: is not a mixture of format {FORMAT} ({error}). Make the mixture again.") from error
+    except ValueError as error:  # not UTF-8, not JSON, or not our keys and values
+        raise CheckpointError(f"{path}: is not a mixture of this format ({_faults(error)}). Make the mixture again.") from error
     router = SafetensorsCheckpoint(directory / ROUTER)
     info = router.info("gate")
     if len(info.shape) != 2 or info.shape[0] != len(manifest.experts) or info.dtype != "F32":
         raise CheckpointError(
-            f"{directory / ROUTER}: gate is {info.dtype} {list(info.shape)}, allowed is F32 [{len(manifest.experts)}, d]."
+            f"{directory / ROUTER}: gate is {info.dtype} {list(info.shape)}, allowed is F32 [{len(manifest.experts)}, d]. "
+            "Make the mixture again."
         )
-    return manifest, router.tensor("gate").clone()
+    gate = router.tensor("gate").clone()
+    if not bool(gate.isfinite().all()):
+        raise CheckpointError(f"{directory / ROUTER}: gate holds values that are not finite. Make the mixture again.")
+    return manifest, gate
+
+
+def _faults(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors())

@@ -8,12 +8,13 @@ that equal inputs give equal bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from modelglue.errors import UserError
 from modelglue.mixture.spec import ExpertSpec, RouterSpec
+from modelglue.models import batches, decoder_layers
 
 if TYPE_CHECKING:
     import torch
@@ -33,60 +34,92 @@ class Encoded:
         """The state at every prompt's last real position: [B, d]."""
         import torch
 
-        positions = torch.arange(self.mask.shape[1]).expand_as(self.mask)
-        last = positions.masked_fill(self.mask == 0, -1).amax(dim=1)
-        return self.states[torch.arange(len(last)), last]
+        return torch.stack([states[-1] for states in self._real()])
 
     def mean(self) -> torch.Tensor:
-        """The mean over every prompt's real positions: [B, d]."""
-        weights = self.mask.to(self.states.dtype)
-        return (self.states * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)
+        """The mean over every prompt's real positions: [B, d]. Bit for bit the same, whatever a prompt is batched with."""
+        import torch
+
+        return torch.stack([states.mean(dim=0) for states in self._real()])
 
     def total(self) -> torch.Tensor:
         """The sum over all real positions of all prompts: [d]."""
-        return (self.states * self.mask[..., None].to(self.states.dtype)).sum(dim=(0, 1))
+        import torch
+
+        return torch.stack([states.sum(dim=0) for states in self._real()]).sum(dim=0)
+
+    def _real(self) -> list[torch.Tensor]:
+        return [states[mask == 1] for states, mask in zip(self.states, self.mask, strict=True)]
 
 
 class Reader:
-    """The encoder: tokenizer and lower layers of one live model."""
+    """The encoder: tokenizer and lower layers of one live model. Raises UserError for a layer that it does not have."""
 
     def __init__(self, model: Any, tokenizer: Any, layer: int) -> None:
-        layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
-        if layer >= max(layers, 1):
+        layers = len(decoder_layers(model)[1])
+        if not 0 <= layer < layers:
             raise UserError(f"router_layer is {layer}, the encoder has {layers} layers; allowed is 0 to {layers - 1}.")
         self._model, self._tokenizer, self._layer = model, tokenizer, layer
+        self._limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**30)
+        self._head = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
 
-    def encode(self, texts: Sequence[str], span: str = "prompt") -> Encoded:
-        """Residual stream entering the router's layer. Ids are the beginning-of-sequence id plus plain tokens."""
+    @property
+    def width(self) -> int:
+        """Length d of what is pooled."""
+        return int(self._model.config.get_text_config().hidden_size)
+
+    def readable(self, texts: Sequence[str]) -> list[bool]:
+        """Whether each text has any token in the encoder's vocabulary."""
+        return [bool(row) for row in self._tokens(texts)]
+
+    def encode(self, prompts: Sequence[str], layer: int | None = None) -> Encoded:
+        """Residual stream entering the router's layer (or another). Ids are the beginning-of-sequence id plus plain tokens.
+
+        Raises UserError for a prompt without tokens.
+        """
+        return self._encode(self._ids(prompts, "prompt"), self._layer if layer is None else layer)
+
+    def logits(self, texts: Sequence[str], gate: torch.Tensor, span: str) -> torch.Tensor:
+        """What the router thinks of each text: gate * mean over the text's real positions, [texts, experts].
+
+        At layer 0 a text's logits are bit for bit the same, whatever it is batched with; above to rounding.
+        """
         import torch
 
-        bos = self._tokenizer.bos_token_id
-        head = [] if bos is None else [bos]
-        rows = [head + self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        if span.startswith("first:"):
-            rows = [row[: int(span.removeprefix("first:")) + len(head)] for row in rows]
+        rows = self._ids(texts, span)
+        found = torch.empty(len(rows), len(gate))
+        for places in batches([len(row) for row in rows]):
+            pooled = self._encode([rows[place] for place in places], self._layer).mean()
+            found[places] = (pooled[:, None] * gate).sum(dim=-1)
+        return found
+
+    def _ids(self, texts: Sequence[str], span: str) -> list[list[int]]:
+        rows = self._tokens(texts)
         for text, row in zip(texts, rows, strict=True):
-            if len(row) <= len(head):
+            if not row:
                 raise UserError(f"the prompt {text!r} has no token in the encoder's vocabulary. Write a longer one.")
+        if span.startswith("first:"):
+            rows = [row[: int(span.removeprefix("first:"))] for row in rows]
+        return [self._head + row[-(self._limit - len(self._head)) :] for row in rows]
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def _encode(self, rows: Sequence[Sequence[int]], layer: int) -> Encoded:
+        import torch
+
         width = max(len(row) for row in rows)
         pad = self._tokenizer.pad_token_id or 0
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        return Encoded(entering(self._model, ids, mask, self._layer), mask)
-
-    def pooled(self, texts: Sequence[str], span: str = "prompt", batch: int = 64) -> torch.Tensor:
-        """What the router reads of each text: the mean over its real positions, [B, d]. One text at a time gives the same
-        to rounding, whatever it is batched with."""
-        import torch
-
-        return torch.cat([self.encode(texts[i : i + batch], span).mean() for i in range(0, len(texts), batch)])
+        return Encoded(entering(self._model, ids, mask, layer), mask)
 
 
 def entering(model: Any, ids: torch.Tensor, mask: torch.Tensor, layer: int) -> torch.Tensor:
     """Residual stream [B, T, d] entering decoder layer `layer` (0 = embedding output), in float32; later layers do not run."""
     import torch
 
-    layers = _layers(model)
+    _, layers = decoder_layers(model)
     caught: list[torch.Tensor] = []
 
     def catch(_module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -109,21 +142,12 @@ class _Reached(Exception):  # noqa: N818 - a signal, not an error
     """The layer that is asked for has been reached; what comes after need not run."""
 
 
-def _layers(model: Any) -> Any:
-    import torch
-
-    count = int(model.config.get_text_config().num_hidden_layers)
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return module
-    raise UserError(f"{type(model).__name__}: its decoder layers were not found, so it cannot be the router's encoder. Choose another.")
-
-
 def gate_row(positive: Encoded, negative: Encoded | None, mode: str) -> torch.Tensor:
     """One expert's gate row [d], of unit length. Modes `hidden`, `hidden_avg` and `cheap_embed`.
 
     `hidden` takes the last real position of each prompt, `hidden_avg` the mean over its real positions; both then average over the
-    prompts of a side and subtract. `cheap_embed` sums over positions and prompts, and normalises each side before subtracting.
+    prompts of a side and subtract. `cheap_embed` sums over positions and prompts, and normalises each side before subtracting; it is
+    meant for token embeddings, whatever layer the router reads.
     """
 
     def side(encoded: Encoded) -> torch.Tensor:
@@ -138,7 +162,8 @@ def gate_row(positive: Encoded, negative: Encoded | None, mode: str) -> torch.Te
 
 
 def _unit(vector: torch.Tensor) -> torch.Tensor:
-    return vector / vector.norm().clamp(min=_NO_LENGTH)
+    unit: torch.Tensor = vector / vector.norm().clamp(min=_NO_LENGTH)
+    return unit
 
 
 def build_gate(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec) -> tuple[torch.Tensor, str]:
@@ -153,7 +178,7 @@ def build_gate(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec
         if router.gate_mode != "auto":
             return _build(reader, experts, router, router.gate_mode), router.gate_mode
         candidates = {mode: _build(reader, experts, router, mode) for mode in ("hidden", "hidden_avg")}
-        best = max(candidates, key=lambda mode: worst_margin(reader, experts, candidates[mode]))
+        best = max(candidates, key=lambda mode: worst_margin(prompt_logits(reader, experts, candidates[mode], router.route_span)))
         return candidates[best], best
 
 
@@ -161,13 +186,13 @@ def _build(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec, mo
     import torch
 
     if mode in ("random", "uniform_random"):
-        width = reader.encode(["a"]).states.shape[-1]
-        return torch.stack([_random_row(router.seed, expert.name, width, mode) for expert in experts])
+        return torch.stack([_random_row(router.seed, expert.name, reader.width, mode) for expert in experts])
+    layer = 0 if mode == "cheap_embed" else router.router_layer
     rows = []
     for expert in experts:
-        negative = reader.encode(expert.negative) if expert.negative else None
-        row = gate_row(reader.encode(expert.positive), negative, mode)
-        if float(row.norm()) < 0.5:
+        negative = reader.encode(expert.negative, layer) if expert.negative else None
+        row = gate_row(reader.encode(expert.positive, layer), negative, mode)
+        if not float(row.norm()) > 0.5:
             raise UserError(
                 f"expert '{expert.name}': its negative prompts cancel the positive ones, the gate row is zero. Change its prompts."
             )
@@ -182,7 +207,8 @@ def _random_row(seed: int, name: str, width: int, mode: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(state)
     if mode == "random":
         return torch.randn(width, generator=generator)
-    return (torch.rand(width, generator=generator) * 2 - 1) * width**-0.5
+    uniform: torch.Tensor = (torch.rand(width, generator=generator) * 2 - 1) * width**-0.5
+    return uniform
 
 
 def _check_prompts(experts: Sequence[ExpertSpec], router: RouterSpec) -> None:
@@ -197,16 +223,15 @@ def _check_prompts(experts: Sequence[ExpertSpec], router: RouterSpec) -> None:
             raise UserError(f"experts '{twin}' and '{expert.name}' have the same prompts, so no router can tell them apart. Change one.")
 
 
-def prompt_logits(reader: Reader, experts: Sequence[ExpertSpec], gate: torch.Tensor) -> Mapping[str, torch.Tensor]:
+def prompt_logits(reader: Reader, experts: Sequence[ExpertSpec], gate: torch.Tensor, span: str) -> list[torch.Tensor]:
     """Router logits [prompts, experts] of every expert's own positive prompts, read as at routing time."""
-    return {expert.name: reader.pooled(expert.positive) @ gate.T for expert in experts}
+    return [reader.logits(expert.positive, gate, span) for expert in experts]
 
 
-def worst_margin(reader: Reader, experts: Sequence[ExpertSpec], gate: torch.Tensor) -> float:
-    """Smallest lead, over all positive prompts, of the own logit over the best other logit."""
-    margins = []
-    for number, (_, logits) in enumerate(prompt_logits(reader, experts, gate).items()):
-        others = logits.clone()
-        others[:, number] = -float("inf")
-        margins.append(float((logits[:, number] - others.amax(dim=1)).min()))
-    return min(margins)
+def worst_margin(logits: Sequence[torch.Tensor]) -> float:
+    """Smallest lead, over all prompts of `prompt_logits`, of the own logit over the best other logit."""
+    return min(
+        float(row[number] - max(value for other, value in enumerate(row) if other != number))
+        for number, own in enumerate(logits)
+        for row in own.tolist()
+    )

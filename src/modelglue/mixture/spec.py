@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+from modelglue.errors import UserError, did_you_mean
 
 GateMode = Literal["hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "auto"]
+#: names of experts become folder names
+EXPERT_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+ROUTE_SPAN = r"prompt|full|first:[1-9][0-9]*"
 
 #: default prompts per domain tag (positive, negative), the released configuration of Model-GLUE, arXiv 2410.05357
 DOMAIN_PROMPTS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -32,7 +38,10 @@ def domain_prompts(domain: Sequence[str]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """One expert: a complete model folder, and the prompts that its gate row is made from."""
+    """One expert: a complete model folder, and the prompts that its gate row is made from.
+
+    Raises UserError for a name that could not be a folder's.
+    """
 
     name: str
     path: Path
@@ -40,16 +49,32 @@ class ExpertSpec:
     negative: tuple[str, ...] = ()
     domain: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(EXPERT_NAME, self.name):
+            raise UserError(f"expert {self.name!r}: is no name; allowed are letters, digits and ._- . Give the expert another name.")
+
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """How the gate is made and used."""
+    """How the gate is made and used. Raises UserError for settings that no router can have."""
 
     gate_mode: GateMode = "hidden"
     router_layer: int = 0
     """Layers of the encoder that run before its states are pooled; 0 reads token embeddings."""
     temperature: float = 1.0
     route_span: str = "prompt"
-    """prompt, full, or first:N tokens of what is routed on."""
+    """What is routed on: prompt, first:N tokens of it, or full (the prompt and a continuation that is to be scored)."""
     seed: int = 0
     """For the random gates."""
+
+    def __post_init__(self) -> None:
+        modes = get_args(GateMode)
+        if self.gate_mode not in modes:
+            near = did_you_mean(str(self.gate_mode), modes)
+            raise UserError(f"router: gate_mode is {self.gate_mode!r}; allowed are {', '.join(modes)}.{near}")
+        if self.router_layer < 0:
+            raise UserError(f"router: router_layer is {self.router_layer}; allowed is a whole number from 0.")
+        if not self.temperature > 0:
+            raise UserError(f"router: temperature is {self.temperature}; allowed is a number above 0.")
+        if not re.fullmatch(ROUTE_SPAN, self.route_span):
+            raise UserError(f"router: route_span is {self.route_span!r}; allowed are prompt, full, and first:N with N from 1.")

@@ -1,8 +1,20 @@
 """Floor 4: live models; the only floor below 5 that imports transformers."""
 
+from modelglue.models.cached import batches
 from modelglue.models.live import check_fit, load_into, load_live
 from modelglue.models.roles import Roles, decoder_layers, roles_of
 from modelglue.models.text import LiveTextModel, TextModel
 from modelglue.models.tokenizers import load_tokenizer
 
-__all__ = ["LiveTextModel", "Roles", "TextModel", "check_fit", "decoder_layers", "load_into", "load_live", "load_tokenizer", "roles_of"]
+__all__ = [
+    "LiveTextModel",
+    "Roles",
+    "TextModel",
+    "batches",
+    "check_fit",
+    "decoder_layers",
+    "load_into",
+    "load_live",
+    "load_tokenizer",
+    "roles_of",
+]
