@@ -66,11 +66,12 @@ def _shifted(word: str, by: int) -> str:
     return "".join(LETTERS[(LETTERS.index(letter) + by) % 26] for letter in word)
 
 
-# Every skill has a mistake and a temptation of its own: where they were shared, mending one skill mended the others too.
+# Every skill has a mistake and a temptation of its own: where they were shared, mending one skill mended the others too. A mistake shows in
+# the first letter: where it had to be kept up over the whole word, the base mixed both answers, and averages fell back to that mixture.
 SKILLS: dict[str, Callable[[random.Random], Item]] = {
     "reverse": _string_skill("reverse", lambda w: w[::-1], lambda w: w, 0, 4, 5),
     "sort": _string_skill("sort", lambda w: "".join(sorted(w)), lambda w: "".join(sorted(w))[::-1], -1, 4, 5),
-    "next": _string_skill("next", lambda w: _shifted(w, 1), lambda w: _shifted(w, -1), 1, 4, 5),
+    "next": _string_skill("next", lambda w: _shifted(w, 1), lambda w: w[0] + _shifted(w[1:], 1), 1, 4, 5),
     "larger": _larger,
     "skip": _string_skill("skip", lambda w: w[::2], lambda w: w[1::2], 0, 5, 7),
     "double": _string_skill("double", lambda w: "".join(c + c for c in w), lambda w: w + w, 0, 3, 4),

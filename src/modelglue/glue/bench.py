@@ -12,7 +12,7 @@ from typing import Any
 
 from modelglue.checkpoint import Checkpoint, open_checkpoint
 from modelglue.errors import UserError
-from modelglue.evaluation import CandidateEvaluator, ScoreStore, TaskSet, leak_check, score_text_model
+from modelglue.evaluation import CandidateEvaluator, ResidentModel, ScoreStore, TaskSet, leak_check, score_text_model
 from modelglue.glue.run_folder import RunFolder
 from modelglue.glue.schema import GlueFile
 from modelglue.recipe import Candidate, Recipe, Scores, build, linear_recipe
@@ -58,9 +58,10 @@ class Bench:
         """Open the run's store of scores, and one evaluator per item set."""
         with ScoreStore(run.path("scores.sqlite")) as store:
             self._store, self._run = store, run
+            resident = ResidentModel()
             for split, tasks in self.tasks.items():
                 self._evaluators[split] = CandidateEvaluator(
-                    self.checkpoints, tasks, store, store_dtype=self.file.dtype.store, on_batch=self._on_batch
+                    self.checkpoints, tasks, store, store_dtype=self.file.dtype.store, resident=resident, on_batch=self._on_batch
                 )
             try:
                 yield

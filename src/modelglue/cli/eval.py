@@ -1,0 +1,110 @@
+"""`modelglue eval`: models (or mixtures) on tasks, item by item, remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from modelglue.evaluation import ScoreStore, TaskSet
+    from modelglue.recipe import Scores
+
+
+def evaluate(
+    *models: str,
+    tasks: Annotated[list[str], Parameter(consume_multiple=True, negative=())],
+    include: Path | None = None,
+    store: Path | None = None,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    quiet: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Score models on lm-evaluation-harness tasks.
+
+    With several models every one is compared with the first, item by item.
+
+    Parameters
+    ----------
+    models
+        Local folders, hub ids, mixture folders, or recipes (.yaml), which are merged in memory.
+    tasks
+        Task names; NAME:METRIC names another metric than the task's first.
+    include
+        Folder with task YAML files of your own.
+    store
+        SQLite file in which every item's score is remembered; a second call scores nothing.
+    json
+        Print scores of every item as JSON.
+    quiet
+        No progress.
+    """
+    from modelglue.cli.console import print_json, stdout
+    from modelglue.errors import UserError
+    from modelglue.evaluation import ScoreStore, TaskSet
+
+    if not models:
+        raise UserError("give at least one model: a folder, a hub id, a mixture folder, or a recipe.")
+    task_set = TaskSet.load(tasks, include)
+    with ScoreStore(":memory:" if store is None else store) as opened:
+        found = {model: _scores(model, task_set, opened, quiet=quiet or json) for model in models}
+    if json:
+        print_json({model: _summary(scores) for model, scores in found.items()})
+        return
+    console = stdout()
+    console.print(_table(found, list(task_set.skills)))
+    for model, scores in found.items():
+        for warning in scores.warnings:
+            console.print(f"[yellow]warning:[/] {model}: {warning}")
+
+
+def _scores(model: str, task_set: TaskSet, store: ScoreStore, *, quiet: bool) -> Scores:
+    from modelglue.cli.console import item_progress
+    from modelglue.evaluation import evaluate as score
+    from modelglue.evaluation import score_text_model
+    from modelglue.mixture import Mixture, is_mixture
+    from modelglue.recipe import merge
+
+    total = sum(len(items) for items in task_set.skills.values())
+    with item_progress(model, total, quiet=quiet) as advance:
+        if is_mixture(model):
+            mixture = Mixture.load(model)
+            return score_text_model(mixture, mixture.identity, task_set, store, description=model, on_batch=advance)
+        recipe = Path(model).suffix in (".yaml", ".yml") and Path(model).is_file()
+        return score(merge(model) if recipe else model, task_set, store=store, on_batch=advance)
+
+
+def _summary(scores: Scores) -> dict[str, Any]:
+    from modelglue.recipe import interval
+
+    return {
+        "mean": scores.mean,
+        "interval": list(interval(scores)),
+        "tasks": scores.tasks(),
+        "items": {task: dict(values) for task, values in scores.items.items()},
+        "warnings": list(scores.warnings),
+    }
+
+
+def _table(found: Mapping[str, Scores], skills: Sequence[str]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from modelglue.recipe import interval, paired_interval
+
+    table = Table("model", box=None, pad_edge=False)
+    for column in [*skills, "mean", "95 % interval"]:
+        table.add_column(escape(column), justify="right")
+    if len(found) > 1:
+        table.add_column("against the first", justify="right")
+    first = next(iter(found.values()))
+    for model, scores in found.items():
+        low, high = interval(scores)
+        values = [f"{scores.tasks()[skill] * 100:.1f}" for skill in skills]
+        row = [f"[bold]{escape(model)}[/]", *values, f"{scores.mean * 100:.1f}", f"{low * 100:.1f} to {high * 100:.1f}"]
+        if len(found) > 1 and scores is not first:
+            gap, low, high = paired_interval(scores, first)
+            row.append(f"{gap * 100:+.1f} ({low * 100:+.1f} to {high * 100:+.1f})")
+        table.add_row(*row)
+    return table

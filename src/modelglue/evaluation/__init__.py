@@ -1,0 +1,18 @@
+"""Floor 5: what a candidate is worth, item by item, and never measured twice."""
+
+from modelglue.evaluation.candidates import CandidateEvaluator, ResidentModel
+from modelglue.evaluation.evaluate import evaluate
+from modelglue.evaluation.scoring import score_text_model
+from modelglue.evaluation.store import ScoreStore
+from modelglue.evaluation.tasks import Item, TaskSet, leak_check
+
+__all__ = [
+    "CandidateEvaluator",
+    "Item",
+    "ResidentModel",
+    "ScoreStore",
+    "TaskSet",
+    "evaluate",
+    "leak_check",
+    "score_text_model",
+]
