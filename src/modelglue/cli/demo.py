@@ -47,4 +47,7 @@ def _zoo_file() -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise UserError(f"the tiny zoo is not here (looked for {places[0]} and {places[1]}). It comes with the repository: clone it and run `make demo` there.")
+    raise UserError(
+        f"the tiny zoo is not here (looked for {places[0]} and {places[1]}). "
+        "It comes with the repository: clone it and run `make demo` there."
+    )

@@ -104,6 +104,8 @@ def _walk(bench: Bench, run: RunFolder, workers: int | None) -> None:
         if plan is not None and not run.path("mixture").is_dir():
             plan.write(run.root, run.path("mixture"))
         mixture = Mixture.load(run.path("mixture")) if plan is not None else None
+        if plan is not None and mixture is not None:
+            plan = plan.decided(mixture.manifest)
         outcome, scores = mix.confirm(bench, representatives, mixture)
     router = None
     if mixture is not None and scores is not None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from modelglue.checkpoint import save, write_bytes_atomic
 from modelglue.glue.run_folder import RunFolder, open_run
-from modelglue.mixture import ExpertSpec, RouterSpec, write_mixture
+from modelglue.mixture import ExpertSpec, Manifest, RouterSpec, write_mixture
 from modelglue.recipe import Document, Recipe, build, canonical, read_recipe
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class MixturePlan(Planned):
     experts: tuple[PlannedExpert, ...]
     encoder: str
     gate_mode: Literal["hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "auto"] = "hidden"
-    router_layer: int = 0
+    router_layer: int | Literal["auto"] = 0
     temperature: float = 1.0
     route_span: str = "prompt"
     seed: int = 0
@@ -66,6 +66,10 @@ class MixturePlan(Planned):
             route_span=self.route_span, seed=self.seed,
         )  # fmt: skip
         write_mixture(directory, experts, router, encoder=root / self.encoder, pack=self.pack)
+
+    def decided(self, manifest: Manifest) -> MixturePlan:
+        """The plan with what was left to `auto` as it was decided."""
+        return self.model_copy(update={"gate_mode": manifest.gate_mode, "router_layer": manifest.router_layer})
 
     def moved(self, old: Path, new: Path) -> MixturePlan:
         """The same plan for a run folder elsewhere: what stands inside the run stays, what stands outside is found from there."""

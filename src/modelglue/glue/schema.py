@@ -79,7 +79,8 @@ class RouterOptions(Group):
     encoder: str | None = None
     """Alias of the model behind the router; default: the representative of the largest family."""
     gate_mode: Literal["hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "auto"] = "hidden"
-    router_layer: Annotated[int, Field(ge=0)] = 0
+    router_layer: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    """Layer of the encoder whose states are routed on; `auto`: the one that knows its prompts best."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     route_span: Annotated[str, Field(pattern=r"^(prompt|full|first:[1-9][0-9]*)$")] = "prompt"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from modelglue.errors import UserError
-from modelglue.mixture.router import Reader, prompt_logits, worst_margin
+from modelglue.mixture.router import Reader, prompt_logits, winner, worst_margin
 from modelglue.mixture.spec import ExpertSpec
 
 if TYPE_CHECKING:
@@ -81,11 +81,6 @@ def self_test(reader: Reader, experts: Sequence[ExpertSpec], gate: torch.Tensor,
         condition_number=condition, gate_mode=str(settings.gate_mode), router_layer=settings.router_layer, encoder=settings.encoder,
         warnings=tuple(warnings),
     )  # fmt: skip
-
-
-def winner(logits: Sequence[float]) -> int:
-    """The expert with the largest logit; of equal ones the first."""
-    return max(range(len(logits)), key=lambda number: (logits[number], -number))
 
 
 class _Router(Protocol):

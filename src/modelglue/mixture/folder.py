@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modelglue.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorsCheckpoint, json_bytes, open_checkpoint, staged, tensor_file
 from modelglue.errors import CheckpointError, UserError
-from modelglue.mixture.router import Reader, build_gate
+from modelglue.mixture.router import Reader, best_layer, build_gate
 from modelglue.mixture.spec import EXPERT_NAME, ROUTE_SPAN, ExpertSpec, GateMode, RouterSpec
 from modelglue.models import check_fit, load_live, load_tokenizer
 
@@ -95,11 +95,12 @@ def write_mixture(
     directory = Path(directory)
     opened = _open_experts(directory, experts)
     read = open_checkpoint(encoder)
-    reader = Reader(load_live(read), load_tokenizer(read), router.router_layer)
-    gate, mode = build_gate(reader, experts, router)
+    model, tokenizer = load_live(read), load_tokenizer(read)
+    layer = best_layer(model, tokenizer, experts, router) if router.router_layer == "auto" else router.router_layer
+    gate, mode = build_gate(Reader(model, tokenizer, layer), experts, router)
     identities = [checkpoint.identity for checkpoint in opened]
     settings = [
-        [expert.name for expert in experts], identities, read.identity, mode, router.router_layer, router.temperature, router.route_span,
+        [expert.name for expert in experts], identities, read.identity, mode, layer, router.temperature, router.route_span,
         gate.tolist(), pack,
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
@@ -110,7 +111,7 @@ def write_mixture(
         manifest = Manifest.model_validate(
             {
                 "gate_mode": mode,
-                "router_layer": router.router_layer,
+                "router_layer": layer,
                 "temperature": router.temperature,
                 "route_span": router.route_span,
                 "encoder": _place_of_encoder(directory, encoder, experts, places, pack),

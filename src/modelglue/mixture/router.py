@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from modelglue.errors import UserError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 #: pooled vectors shorter than this cannot be told from nothing
 _NO_LENGTH = 1e-8
+_WITHOUT_PROMPTS = ("random", "uniform_random")
 
 
 @dataclass(frozen=True)
@@ -182,12 +183,33 @@ def build_gate(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec
         return candidates[best], best
 
 
+def best_layer(model: Any, tokenizer: Any, experts: Sequence[ExpertSpec], router: RouterSpec) -> int:
+    """The layer of the encoder at which the router knows its prompts best: what `router_layer: auto` means.
+
+    At every layer a gate is built and its self-test taken; the largest share of prompts that reach their own expert wins (every expert
+    counts alike), then the largest worst-case margin, then the lower layer. Random gates have nothing to test: 0. Cost: about layers / 2
+    passes of all prompts through the encoder.
+    """
+    from modelglue.checkpoint.workers import single_thread
+
+    if router.gate_mode in _WITHOUT_PROMPTS:
+        return 0
+    found: list[tuple[float, float, int]] = []
+    with single_thread():
+        for layer in range(len(decoder_layers(model)[1])):
+            reader = Reader(model, tokenizer, layer)
+            gate, _ = build_gate(reader, experts, replace(router, router_layer=layer))
+            logits = prompt_logits(reader, experts, gate, router.route_span)
+            found.append((own_share(logits), worst_margin(logits), -layer))
+    return -max(found)[2]
+
+
 def _build(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec, mode: str) -> torch.Tensor:
     import torch
 
-    if mode in ("random", "uniform_random"):
+    if mode in _WITHOUT_PROMPTS:
         return torch.stack([_random_row(router.seed, expert.name, reader.width, mode) for expert in experts])
-    layer = 0 if mode == "cheap_embed" else router.router_layer
+    layer = 0 if mode == "cheap_embed" else None
     rows = []
     for expert in experts:
         negative = reader.encode(expert.negative, layer) if expert.negative else None
@@ -212,7 +234,7 @@ def _random_row(seed: int, name: str, width: int, mode: str) -> torch.Tensor:
 
 
 def _check_prompts(experts: Sequence[ExpertSpec], router: RouterSpec) -> None:
-    if router.gate_mode in ("random", "uniform_random"):
+    if router.gate_mode in _WITHOUT_PROMPTS:
         return
     seen: dict[tuple[tuple[str, ...], tuple[str, ...]], str] = {}
     for expert in experts:
@@ -226,6 +248,17 @@ def _check_prompts(experts: Sequence[ExpertSpec], router: RouterSpec) -> None:
 def prompt_logits(reader: Reader, experts: Sequence[ExpertSpec], gate: torch.Tensor, span: str) -> list[torch.Tensor]:
     """Router logits [prompts, experts] of every expert's own positive prompts, read as at routing time."""
     return [reader.logits(expert.positive, gate, span) for expert in experts]
+
+
+def own_share(logits: Sequence[torch.Tensor]) -> float:
+    """Share of the prompts of `prompt_logits` that reach their own expert: the mean over experts."""
+    shares = [sum(winner(row) == number for row in own.tolist()) / len(own) for number, own in enumerate(logits)]
+    return sum(shares) / len(shares)
+
+
+def winner(logits: Sequence[float]) -> int:
+    """The expert with the largest logit; of equal ones the first."""
+    return max(range(len(logits)), key=lambda number: (logits[number], -number))
 
 
 def worst_margin(logits: Sequence[torch.Tensor]) -> float:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelglue.checkpoint import open_checkpoint
 from modelglue.errors import CheckpointError, UserError
-from modelglue.mixture.diagnostics import SelfTest, self_test, winner
+from modelglue.mixture.diagnostics import SelfTest, self_test
 from modelglue.mixture.folder import ROUTER, Manifest, read_manifest
-from modelglue.mixture.router import Reader
+from modelglue.mixture.router import Reader, winner
 from modelglue.models import LiveTextModel, load_live, load_tokenizer
 
 if TYPE_CHECKING:

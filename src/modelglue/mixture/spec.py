@@ -59,8 +59,8 @@ class RouterSpec:
     """How the gate is made and used. Raises UserError for settings that no router can have."""
 
     gate_mode: GateMode = "hidden"
-    router_layer: int = 0
-    """Layers of the encoder that run before its states are pooled; 0 reads token embeddings."""
+    router_layer: int | Literal["auto"] = 0
+    """Layers of the encoder that run before its states are pooled; 0 reads token embeddings, auto finds the best by self-test."""
     temperature: float = 1.0
     route_span: str = "prompt"
     """What is routed on: prompt, first:N tokens of it, or full (the prompt and a continuation that is to be scored)."""
@@ -72,8 +72,8 @@ class RouterSpec:
         if self.gate_mode not in modes:
             near = did_you_mean(str(self.gate_mode), modes)
             raise UserError(f"router: gate_mode is {self.gate_mode!r}; allowed are {', '.join(modes)}.{near}")
-        if self.router_layer < 0:
-            raise UserError(f"router: router_layer is {self.router_layer}; allowed is a whole number from 0.")
+        if self.router_layer != "auto" and not (isinstance(self.router_layer, int) and self.router_layer >= 0):
+            raise UserError(f"router: router_layer is {self.router_layer}; allowed is a whole number from 0, or auto.")
         if not self.temperature > 0:
             raise UserError(f"router: temperature is {self.temperature}; allowed is a number above 0.")
         if not re.fullmatch(ROUTE_SPAN, self.route_span):
