@@ -61,7 +61,9 @@ def glue(
             with bench.scoring(run):
                 _walk(bench, run, workers)
             run.finish()
-        return GlueResult(root, run.read_json("decisions.json")["outcome"], run.read_json("results.json"), complete)
+        decisions = run.read_json("decisions.json")
+        assert decisions is not None, "a finished run has decided"
+        return GlueResult(root, decisions["outcome"], run.read_json("results.json"), complete)
 
 
 def _walk(bench: Bench, run: RunFolder, workers: int | None) -> None:
