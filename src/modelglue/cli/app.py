@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -38,6 +39,12 @@ for _name, (_path, _help) in COMMANDS.items():
     app.command(_path, name=_name, help=_help)
 
 
+#: what the system says of a path that cannot be used
+_MENDABLE = (
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+
+
 def main(tokens: list[str] | None = None) -> None:
     """Run one command; exit code 2 for what the user can mend, 1 for failures, 130 for Ctrl-C. MODELGLUE_TRACEBACK=1 shows where."""
     arguments = sys.argv[1:] if tokens is None else tokens
@@ -55,8 +62,7 @@ def main(tokens: list[str] | None = None) -> None:
     except MemoryError as error:
         _fail(RunError(f"out of memory ({error}). Use fewer --workers, or a smaller batch."), shown)
     except OSError as error:
-        mendable = isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError)
-        _fail((UserError if mendable else RunError)(f"{error.filename or 'the system'}: {error.strerror or error}."), shown)
+        _fail((UserError if error.errno in _MENDABLE else RunError)(f"{error.filename or 'the system'}: {error.strerror or error}."), shown)
 
 
 def _run(arguments: list[str]) -> None:

@@ -89,8 +89,8 @@ def parse_document(text: str, source: str) -> Document:
 
 #: nodes that one document may expand to; aliases of aliases could otherwise fill the memory from a few lines
 _MOST_NODES = 200_000
-
-
+#: keys and positions on the way to a value; some thirty merges within each other, well within Python's own limit
+_DEEPEST = 100
 #: what YAML may hold; every other tag would make an object or change a value's type behind the reader's back
 _TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp"))
 
@@ -100,6 +100,8 @@ def _build(node: yaml.Node, place: Place, lines: dict[Place, int], source: str) 
     lines.setdefault(place, line)
     if len(lines) > _MOST_NODES:
         raise RecipeError(f"{source}: expands to more than {_MOST_NODES:,} values. Write it without nested aliases.")
+    if len(place) > _DEEPEST:
+        raise RecipeError(f"{source}:{line}: is nested more than {_DEEPEST} levels deep.")
     if node.tag not in _TAGS:
         shown = node.tag.replace("tag:yaml.org,2002:", "!!")
         raise RecipeError(f"{source}:{line}: the tag {shown} is not allowed here. Write plain text, numbers, lists and mappings.")
@@ -171,6 +173,11 @@ def _explain(document: Document, model: type[BaseModel], detail: Any) -> str:
         return document.fault(place, "is required and missing.")
     if kind in _ALLOWED:
         return document.fault(place, f"is {_shown(found)}, allowed is {_ALLOWED[kind]}.")
+    if kind in _BOUNDS:
+        name, sign = _BOUNDS[kind]
+        return document.fault(place, f"is {_shown(found)}, allowed is a number {sign} {detail['ctx'][name]:g}.")
+    if kind == "too_short":
+        return document.fault(place, f"holds {detail['ctx']['actual_length']} items, allowed are {detail['ctx']['min_length']} or more.")
     if kind == "literal_error":
         return document.fault(place, f"is {_shown(found)}, allowed is {detail['ctx']['expected']}.")
     message = str(detail["msg"]).removeprefix("Value error, ")
@@ -181,6 +188,7 @@ def _explain(document: Document, model: type[BaseModel], detail: Any) -> str:
 #: pydantic's names of wrong types, in our words
 _ALLOWED = {
     "string_type": "text (put quotes around it if it is meant as text)",
+    "string_too_short": "text that is not empty",
     "list_type": "a list",
     "dict_type": "a mapping of keys to values",
     "model_type": "a mapping of keys to values",
@@ -194,6 +202,12 @@ _ALLOWED = {
 }
 
 
+_BOUNDS = {
+    "greater_than": ("gt", ">"),
+    "greater_than_equal": ("ge", ">="),
+    "less_than": ("lt", "<"),
+    "less_than_equal": ("le", "<="),
+}
 _LONGEST = 80
 
 

@@ -93,9 +93,9 @@ def _check_methods(document: Document, recipe: Recipe, place: Place) -> Sequence
     else:
         labels = unique_labels(recipe)
         _, found = method.resolve(recipe.parameters, [entry.own for entry in recipe.models], labels)
-        faults += [document.fault(_place_of(fault, labels, place), fault) for fault in found]
+        faults += [document.fault(_place_of(fault, labels, place), _sentence(fault)) for fault in found]
         if method.needs_base and recipe.base is None:
-            faults.append(document.fault(place, f"{method.id} needs a base model; add base: REF"))
+            faults.append(document.fault(place, f"{method.id} needs a base model; add base: REF."))
     for number, entry in enumerate(recipe.models):
         if isinstance(entry.model, Recipe):
             faults += _check_methods(document, entry.model, (*place, "models", number, "model"))
@@ -118,6 +118,13 @@ def _place_of(fault: str, labels: Sequence[str], place: Place) -> Place:
     if fault.startswith("parameters: "):
         return (*place, "parameters", _key_in(fault.removeprefix("parameters: ")))
     return place
+
+
+def _sentence(fault: str) -> str:
+    """The registry's words without the place, which the line already has."""
+    text = fault.removeprefix("parameters: ")
+    hint = " Parameters stand beside 'model' in this dialect." if "'parameters' is no parameter" in text else ""
+    return f"{text.removesuffix('.')}.{hint}"
 
 
 def _key_in(fault: str) -> str:

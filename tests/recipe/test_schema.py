@@ -1,0 +1,542 @@
+"""Our recipe dialect: complete, strict, and with one message per fault that names line, place, what was found and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from modelglue.errors import RecipeError
+from modelglue.methods import all_methods, get
+from modelglue.recipe import FORMAT, Recipe, canonical, dump, read_recipe
+from modelglue.recipe.schema import Dtype, Entry
+from tests.recipe.on_disk import write_recipe
+
+KEYS = "format, method, base, models, parameters, seed, dtype"
+NO_PARAMETER = "is no parameter of linear. Did you mean"
+METHODS = "dare_ties, linear, model_stock, slerp, task_arithmetic, ties"
+
+
+def faults(folder: Path, text: str) -> list[str]:
+    """The lines of the refusal, without the folder."""
+    path = write_recipe(folder / "r.yaml", text)
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path)
+    return [line.removeprefix(f"{folder}/") for line in str(caught.value).split("\n")]
+
+
+# -- what is accepted -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_key(tmp_path: Path) -> None:
+    path = write_recipe(
+        tmp_path / "r.yaml",
+        """
+format: modelglue/1
+method: ties
+base: org/base@main
+models:
+  - {model: ./a, weight: 0.5, density: 0.4}
+  - model: org/b
+    weight: 1e-1
+parameters: {lambda: 2, normalize: 1, trim_scope: model, density: 0.9}
+seed: 7
+dtype: {compute: float32, store: bfloat16}
+""",
+    )
+    recipe = read_recipe(path)
+    assert recipe == Recipe(
+        format="modelglue/1",
+        method="ties",
+        base="org/base@main",
+        models=[Entry(model="./a", weight=0.5, density=0.4), Entry(model="org/b", weight=0.1)],
+        parameters={"lambda": 2, "normalize": 1, "trim_scope": "model", "density": 0.9},
+        seed=7,
+        dtype=Dtype(compute="float32", store="bfloat16"),
+    )
+    assert [entry.own for entry in recipe.models] == [{"weight": 0.5, "density": 0.4}, {"weight": 0.1}]
+
+
+def test_defaults() -> None:
+    recipe = read_recipe({"method": "linear", "models": [{"model": "a", "weight": 1}]})
+    assert (recipe.format, recipe.base, recipe.parameters, recipe.seed, recipe.dtype) == (FORMAT, None, {}, 0, Dtype(store=None))
+
+
+def test_nesting_in_models_and_base() -> None:
+    inner = {"method": "linear", "models": [{"model": "x", "weight": 1}], "seed": 3}
+    recipe = read_recipe({"method": "ties", "base": inner, "models": [{"model": inner, "weight": 1}, {"model": "y", "weight": 2}]})
+    nested = Recipe(method="linear", models=[Entry(model="x", weight=1)], seed=3)
+    assert recipe.base == nested
+    assert [entry.model for entry in recipe.models] == [nested, "y"]
+    assert [entry.label for entry in recipe.models] == ["(linear merge)", "y"]
+
+
+def test_a_base_for_a_method_without_one_is_the_donor() -> None:
+    recipe = read_recipe({"method": "linear", "base": "a", "models": [{"model": "a", "weight": 1}, {"model": "b", "weight": 1}]})
+    assert recipe.base == "a"
+
+
+def test_recipes_are_frozen() -> None:
+    recipe = read_recipe({"method": "linear", "models": [{"model": "a", "weight": 1}]})
+    with pytest.raises(ValidationError):
+        recipe.seed = 1  # type: ignore[misc]
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------------------
+
+LINEAR = "models:\n  - {model: a, weight: 1}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ["r.yaml: is empty, allowed is a mapping of keys to values."]),
+        ("# nothing\n", ["r.yaml: is empty, allowed is a mapping of keys to values."]),
+        ("- method: linear", ["r.yaml: is a list, allowed is a mapping of keys to values."]),
+        ("linear", ["r.yaml: is 'linear', allowed is a mapping of keys to values."]),
+        ("3", ["r.yaml: is 3, allowed is a mapping of keys to values."]),
+        ("models: [{model: a}]", ["r.yaml:1: method: is required and missing."]),
+        ("method: linear", ["r.yaml:1: models: is required and missing."]),
+        ("method: linear\nmodels: []", ["r.yaml:2: models: holds 0 items, allowed are 1 or more."]),
+        ("method: linear\nmodels: {a: 1}", ["r.yaml:2: models: is a mapping, allowed is a list."]),
+        ("method: linear\nmodels:", ["r.yaml:2: models: is empty, allowed is a list."]),
+        ("method: linear\nmodels:\n  - a", ["r.yaml:3: models[0]: is 'a', allowed is a mapping of keys to values."]),
+        (
+            f"metod: linear\n{LINEAR}",
+            [
+                "r.yaml:1: method: is required and missing.",
+                f"r.yaml:1: metod: unknown key. Did you mean 'method'? Allowed: {KEYS}.",
+            ],
+        ),
+        (f"method: linear\n{LINEAR}tokenizer: {{}}", [f"r.yaml:4: tokenizer: unknown key. Allowed: {KEYS}."]),
+        (f"method: 5\n{LINEAR}", ["r.yaml:1: method: is 5, allowed is text (put quotes around it if it is meant as text)."]),
+        (f"method: linaer\n{LINEAR}", [f"r.yaml:1: method: there is no merge method 'linaer'. Did you mean 'linear'? Known: {METHODS}."]),
+        (f"method: linear\nformat: modelglue/2\n{LINEAR}", ["r.yaml:2: format: is 'modelglue/2', allowed is 'modelglue/1'."]),
+        (f"method: linear\nseed: -1\n{LINEAR}", ["r.yaml:2: seed: is -1, allowed is a number >= 0."]),
+        (f"method: linear\nseed: true\n{LINEAR}", ["r.yaml:2: seed: is true, allowed is a whole number."]),
+        (f"method: linear\nseed: 1.5\n{LINEAR}", ["r.yaml:2: seed: is 1.5, allowed is a whole number."]),
+        (f"method: linear\nseed: '1'\n{LINEAR}", ["r.yaml:2: seed: is '1', allowed is a whole number."]),
+        (f"method: linear\ndtype: bfloat16\n{LINEAR}", ["r.yaml:2: dtype: is 'bfloat16', allowed is a mapping of keys to values."]),
+        (
+            f"method: linear\ndtype:\n  store: bf16\n  copmute: float32\n{LINEAR}",
+            [
+                "r.yaml:3: dtype.store: is 'bf16', allowed is 'float32', 'float16' or 'bfloat16'.",
+                "r.yaml:4: dtype.copmute: unknown key. Did you mean 'compute'? Allowed: compute, store.",
+            ],
+        ),
+        (f"method: linear\nparameters:\n{LINEAR}", ["r.yaml:2: parameters: is empty, allowed is a mapping of keys to values."]),
+        (
+            f"method: linear\nparameters:\n  normalise: true\n{LINEAR}",
+            [f"r.yaml:3: parameters.normalise: 'normalise' {NO_PARAMETER} 'normalize'? Allowed: weight, normalize."],
+        ),
+        (
+            f"method: linear\nparameters: {{normalize: yes}}\n{LINEAR}",
+            ["r.yaml:2: parameters.normalize: normalize is 'yes', allowed is true or false."],
+        ),
+        (
+            "method: ties\nbase: b\nparameters: {trim_scope: tensors, lambda: x}\nmodels:\n  - {model: a, weight: 1}",
+            [
+                "r.yaml:3: parameters.lambda: lambda is 'x', allowed is a number.",
+                "r.yaml:3: parameters.trim_scope: trim_scope is 'tensors', allowed is tensor or model.",
+            ],
+        ),
+        ("method: ties\nmodels:\n  - {model: a, weight: 1}", ["r.yaml:1: ties needs a base model; add base: REF."]),
+        (
+            "method: slerp\nbase: q\nparameters: {t: 0.5}\nmodels:\n  - model: a\n  - model: b",
+            ["r.yaml:1: slerp takes exactly 1 model besides the base, the recipe has 2."],
+        ),
+        (
+            "method: model_stock\nbase: q\nmodels:\n  - model: a",
+            ["r.yaml:1: model_stock takes at least 2 models besides the base, the recipe has 1."],
+        ),
+        (
+            "method: linear\nmodels:\n  - {model: a, weight: 1}\n  - {model: b, weight: -1}",
+            ["r.yaml:1: the weights sum to 0, so they cannot be normalised; change them or set normalize: false."],
+        ),
+    ],
+)
+def test_faults_of_the_document(text: str, expected: list[str], tmp_path: Path) -> None:
+    assert faults(tmp_path, text) == expected
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("{model: a}", "models[0].weight: model a: 'weight' is required by linear and missing."),
+        ("{model: a, weight: .inf}", "models[0].weight: model a: weight is inf, allowed is a finite number."),
+        ("{model: a, weight: 1e999}", "models[0].weight: model a: weight is inf, allowed is a finite number."),
+        ("{model: a, weight: '1'}", "models[0].weight: model a: weight is '1', allowed is a number."),
+        ("{model: a, weight: true}", "models[0].weight: model a: weight is True, allowed is a number."),
+        ("{model: a, weight: yes}", "models[0].weight: model a: weight is 'yes', allowed is a number."),
+        ("{model: a, weight: 1:30}", "models[0].weight: model a: weight is '1:30', allowed is a number."),
+        ("{model: a, weight: [1, 0]}", "models[0].weight: model a: weight is [1, 0], allowed is a number."),
+        ("{model: a, weight: }", "models[0].weight: model a: weight is None, allowed is a number."),
+        (
+            "{model: a, weight: 1, normalize: false}",
+            "models[0].normalize: model a: 'normalize' is one value for the whole merge; put it under parameters:.",
+        ),
+        ("{model: 5, weight: 1}", "models[0].model: is 5, allowed is text (put quotes around it if it is meant as text)."),
+        ("{model: 1e-5, weight: 1}", "models[0].model: is 1e-05, allowed is text (put quotes around it if it is meant as text)."),
+        ("{model: , weight: 1}", "models[0].model: is empty, allowed is text (put quotes around it if it is meant as text)."),
+        ("{model: '', weight: 1}", "models[0].model: is '', allowed is text that is not empty."),
+        ("{model: [a], weight: 1}", "models[0].model: is a list, allowed is text (put quotes around it if it is meant as text)."),
+        ("{weight: 1}", "models[0].model: is required and missing."),
+    ],
+)  # fmt: skip
+def test_faults_of_an_entry(entry: str, expected: str, tmp_path: Path) -> None:
+    assert faults(tmp_path, f"method: linear\nmodels:\n  - {entry}") == [f"r.yaml:3: {expected}"]
+
+
+def test_ranges_name_the_entry_even_if_a_model_stands_there_twice(tmp_path: Path) -> None:
+    text = """\
+method: ties
+base: b
+models:
+  - model: a
+    weight: 1
+    density: 1.5
+  - model: a
+    weight: 1
+    density: 0
+"""
+    assert faults(tmp_path, text) == [
+        "r.yaml:6: models[0].density: model a (number 1): density is 1.5, allowed is (0, 1].",
+        "r.yaml:9: models[1].density: model a (number 2): density is 0, allowed is (0, 1].",
+    ]
+
+
+def test_a_label_may_hold_quotes_and_colons(tmp_path: Path) -> None:
+    text = 'method: linear\nmodels:\n  - model: "it\'s: here"\n    wieght: 1\n    weight: 1\n'
+    assert faults(tmp_path, text) == [
+        f"r.yaml:4: models[0].wieght: model it's: here: 'wieght' {NO_PARAMETER} 'weight'? Allowed: weight, normalize."
+    ]
+
+
+def test_several_faults_are_reported_at_once(tmp_path: Path) -> None:
+    text = """\
+method: linear
+models:
+  - model: a
+    wieght: 1
+  - model: b
+    weight: x
+parameters:
+  normalise: true
+"""
+    assert faults(tmp_path, text) == [
+        f"r.yaml:8: parameters.normalise: 'normalise' {NO_PARAMETER} 'normalize'? Allowed: weight, normalize.",
+        "r.yaml:4: models[0].wieght: model a: 'wieght' is no parameter of linear. Did you mean 'weight'? Allowed: weight, normalize.",
+        "r.yaml:3: models[0].weight: model a: 'weight' is required by linear and missing.",
+        "r.yaml:6: models[1].weight: model b: weight is 'x', allowed is a number.",
+    ]
+
+
+def test_faults_inside_nested_recipes(tmp_path: Path) -> None:
+    structure = """\
+method: linear
+models:
+  - weight: 1
+    model:
+      method: ties
+      base: x
+      models:
+        - {model: q, weight: 1}
+      sed: 4
+base: {method: linear, modles: []}
+"""
+    assert faults(tmp_path, structure) == [
+        "r.yaml:10: base.models: is required and missing.",
+        f"r.yaml:10: base.modles: unknown key. Did you mean 'models'? Allowed: {KEYS}.",
+        f"r.yaml:9: models[0].model.sed: unknown key. Did you mean 'seed'? Allowed: {KEYS}.",
+    ]
+    meaning = """\
+method: task_arithmetic
+base:
+  method: linear
+  models:
+    - model: y
+models:
+  - weight: 1
+    model:
+      method: ties
+      models:
+        - {model: q, weight: 1, dens: 2}
+  - weight: 1
+    model:
+      method: tis
+      models:
+        - {model: q, weight: 1}
+"""
+    assert faults(tmp_path, meaning) == [
+        "r.yaml:11: models[0].model.models[0].dens: model q: 'dens' is no parameter of ties. Did you mean 'density'? Allowed: "
+        "weight, density, lambda, normalize, rescale, trim_scope, zero_sign.",
+        "r.yaml:8: models[0].model: ties needs a base model; add base: REF.",
+        f"r.yaml:14: models[1].model.method: there is no merge method 'tis'. Did you mean 'ties'? Known: {METHODS}.",
+        "r.yaml:5: base.models[0].weight: model y: 'weight' is required by linear and missing.",
+    ]
+
+
+def test_parameters_of_the_other_dialect(tmp_path: Path) -> None:
+    assert faults(tmp_path, "method: linear\nmodels:\n  - model: a\n    weight: 1\n    parameters: {weight: 1}") == [
+        "r.yaml:5: models[0].parameters: model a: 'parameters' is no parameter of linear. Allowed: weight, normalize. "
+        "Parameters stand beside 'model' in this dialect."
+    ]
+
+
+def test_mappings_from_python_are_checked_as_strictly() -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_recipe({"method": "linear", "models": [{"model": "a", "weight": 1}], "sed": 1})
+    assert str(caught.value) == f"<recipe>: sed: unknown key. Did you mean 'seed'? Allowed: {KEYS}."
+
+
+def test_a_long_value_is_shortened_in_the_message(tmp_path: Path) -> None:
+    [fault] = faults(tmp_path, f"method: linear\ndtype: {'x' * 100_000}\n{LINEAR}")
+    assert fault == f"r.yaml:2: dtype: is '{'x' * 79}..., allowed is a mapping of keys to values."
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["method", "models", "parameters", "seed", "dtype", "base", "format"]), st.data())
+def test_a_misspelt_key_is_answered_with_the_right_one(key: str, data: st.DataObject) -> None:
+    """One letter dropped or two exchanged: the nearest name is offered."""
+    at = data.draw(st.integers(0, len(key) - 2))
+    misspelt = key[:at] + data.draw(st.sampled_from([key[at + 1] + key[at] + key[at + 2 :], key[at + 1 :]]))
+    if misspelt == key:
+        return
+    with pytest.raises(RecipeError) as caught:
+        read_recipe({"method": "linear", "models": [{"model": "a", "weight": 1}], misspelt: 1})
+    assert f"{misspelt}: unknown key. Did you mean" in str(caught.value)
+    assert f"'{key}'" in str(caught.value).split("Allowed:")[0]
+
+
+# -- writing recipes --------------------------------------------------------------------------------------------------------------
+
+
+def test_canonical_has_one_order_and_no_empty_keys() -> None:
+    recipe = read_recipe(
+        {
+            "models": [{"weight": 1, "density": 0.5, "model": "a"}, {"model": "b", "weight": 2}],
+            "parameters": {"normalize": False, "lambda": 2.0},
+            "method": "ties",
+            "base": "x",
+        }
+    )
+    assert dump(recipe) == (
+        "format: modelglue/1\nmethod: ties\nbase: x\nmodels:\n- model: a\n  density: 0.5\n  weight: 1\n- model: b\n  weight: 2\n"
+        "parameters:\n  lambda: 2.0\n  normalize: false\nseed: 0\n"
+    )
+    assert list(canonical(read_recipe({"method": "linear", "models": [{"model": "a", "weight": 1}]}))) == [
+        "format",
+        "method",
+        "models",
+        "seed",
+    ]
+
+
+references = st.one_of(
+    st.from_regex(r"[A-Za-z0-9._~/@-]{1,12}", fullmatch=True),
+    st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x85\u2028\u2029"), min_size=1, max_size=12),
+    st.sampled_from(["1e-5", "yes", "null", "12:30", "0.5", "{a}", "- x", "#x", "a: b", "'", '"', "007"]),
+)
+numbers = st.floats(-3, 3).filter(lambda value: abs(value) > 1e-6)
+
+
+def _value(parameter: Any, data: st.DataObject) -> Any:
+    if parameter.choices:
+        return data.draw(st.sampled_from(parameter.choices))
+    if parameter.type is bool:
+        return data.draw(st.booleans())
+    return data.draw(numbers.map(abs).filter(lambda value: parameter.range is None or value in parameter.range))
+
+
+def _recipe(data: st.DataObject, depth: int) -> dict[str, Any]:
+    """A valid recipe of any method, with any of its parameters, nested up to `depth`."""
+    method = data.draw(st.sampled_from(all_methods()))
+    count = data.draw(st.integers(method.min_models, method.max_models or 3))
+
+    def node() -> Any:
+        return _recipe(data, depth - 1) if depth and data.draw(st.booleans()) else data.draw(references)
+
+    chosen = [parameter for parameter in method.parameters if parameter.required or data.draw(st.booleans())]
+    value: dict[str, Any] = {
+        "method": method.id,
+        "models": [{"model": node(), **{p.name: _value(p, data) for p in chosen if p.per_model}} for _ in range(count)],
+        "parameters": {p.name: _value(p, data) for p in chosen if not p.per_model},
+        "seed": data.draw(st.integers(0, 2**70)),
+    }
+    if method.needs_base or data.draw(st.booleans()):
+        value["base"] = node()
+    if data.draw(st.booleans()):
+        value["dtype"] = {"store": data.draw(st.sampled_from(["float32", "float16", "bfloat16"]))}
+    return value
+
+
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_a_recipe_reads_back_equal(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    recipe = read_recipe(_recipe(data, depth=2))
+    path = tmp_path_factory.mktemp("recipe") / "r.yaml"
+    path.write_text(dump(recipe), encoding="utf-8")
+    again = read_recipe(path)
+    assert again == recipe
+    assert dump(again) == dump(recipe)
+    assert read_recipe(canonical(recipe)) == recipe
+
+
+def test_the_dump_is_plain_yaml() -> None:
+    """Any other reader of YAML sees the same values."""
+    recipe = read_recipe({"method": "linear", "models": [{"model": "1e-5", "weight": 0.001}], "seed": 3})
+    assert yaml.safe_load(dump(recipe)) == canonical(recipe)
+
+
+# -- mergekit's dialect -----------------------------------------------------------------------------------------------------------
+
+
+def converted(**value: Any) -> dict[str, Any]:
+    return canonical(read_recipe(value))
+
+
+def test_mergekit_whole_models() -> None:
+    found = converted(
+        merge_method="ties",
+        base_model="org/base",
+        models=[
+            {"model": "org/base"},
+            {"model": "org/a", "parameters": {"weight": 0.5, "density": 0.3}},
+            {"model": "org/b", "parameters": {"weight": 1}},
+        ],
+        parameters={"normalize": True, "int8_mask": True, "lambda": 0.7},
+        dtype="float32",
+        out_dtype="torch.bfloat16",
+    )
+    assert found == {
+        "format": "modelglue/1",
+        "method": "ties",
+        "base": "org/base",
+        "models": [{"model": "org/a", "density": 0.3, "weight": 0.5}, {"model": "org/b", "weight": 1}],
+        "parameters": {"lambda": 0.7, "normalize": True},
+        "seed": 0,
+        "dtype": {"compute": "float32", "store": "bfloat16"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("given_", "stored"),
+    [
+        ("float16", "float16"), ("fp16", "float16"), ("half", "float16"), ("bf16", "bfloat16"), ("torch.float32", "float32"),
+        ("fp32", "float32"),
+    ],
+)  # fmt: skip
+def test_mergekit_dtypes(given_: str, stored: str) -> None:
+    models = [{"model": "a", "parameters": {"weight": 1}}]
+    assert converted(merge_method="linear", models=models, dtype=given_)["dtype"]["store"] == stored
+    assert converted(merge_method="linear", models=models, out_dtype=given_, dtype="float32")["dtype"]["store"] == stored
+
+
+def test_mergekit_slerp_takes_the_base_out_of_the_models() -> None:
+    for models in (["x", "y"], ["y", "x"]):
+        found = converted(merge_method="slerp", base_model="x", models=[{"model": name} for name in models], parameters={"t": 0.3})
+        assert (found["base"], found["models"]) == ("x", [{"model": "y"}])
+
+
+def test_mergekit_linear_and_the_base() -> None:
+    """Listed, it only gives config and tokenizer; unlisted, it joins the average where a shared weight is its own as well."""
+    models = [{"model": "a", "parameters": {"weight": 1}}, {"model": "b", "parameters": {"weight": 2}}]
+    found = converted(merge_method="linear", base_model="b", models=models)
+    assert (found["base"], [entry["model"] for entry in found["models"]]) == ("b", ["a", "b"])
+    found = converted(merge_method="linear", base_model="c", models=models)
+    assert (found["base"], [entry["model"] for entry in found["models"]]) == ("c", ["a", "b"])
+    found = converted(merge_method="linear", base_model="c", models=models, parameters={"weight": 3})
+    assert found["models"] == [{"model": "a", "weight": 1}, {"model": "b", "weight": 2}, {"model": "c"}]
+
+
+def test_mergekit_model_stock_does_not_clip() -> None:
+    value: dict[str, Any] = {"merge_method": "model_stock", "base_model": "x", "models": [{"model": "a"}, {"model": "b"}]}
+    assert converted(**value)["parameters"] == {"clip_ratio": False}
+    assert converted(**value, parameters={"clip_ratio": True})["parameters"] == {"clip_ratio": True}
+
+
+MERGEKIT = "merge_method: linear\nmodels:\n  - model: a\n    parameters: {weight: 1}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (MERGEKIT + "slices: []", "r.yaml:5: slices: 'slices' of mergekit's dialect is not supported yet."),
+        (
+            MERGEKIT + "tokenizer_source: union",
+            "r.yaml:5: tokenizer_source: 'tokenizer_source' of mergekit's dialect is not supported yet.",
+        ),
+        (
+            MERGEKIT + "base_modle: x",
+            "r.yaml:5: base_modle: unknown key. Did you mean 'base_model'? "
+            "Allowed: merge_method, base_model, models, parameters, dtype, out_dtype.",
+        ),
+        (MERGEKIT + "parameters: [1]", "r.yaml:5: parameters: allowed is a mapping of parameter names to numbers."),
+        (MERGEKIT + "parameters:\n  weight: [0, 1]", "r.yaml:6: parameters.weight: gradients and filters are not supported yet."),
+        (MERGEKIT + "dtype: int64", "r.yaml:5: dtype: is 'int64', allowed is float32, float16 or bfloat16."),
+        (MERGEKIT + "dtype: float32\nout_dtype: fp8", "r.yaml:6: out_dtype: is 'fp8', allowed is float32, float16 or bfloat16."),
+        (MERGEKIT + "base_model: {model: x}", "r.yaml:5: base_model: allowed is a reference; mappings are not supported yet."),
+        ("merge_method: linear", "r.yaml:1: models: allowed is a list of {model: REF, parameters: {...}}."),
+        ("merge_method: linear\nmodels: {a: 1}", "r.yaml:2: models: allowed is a list of {model: REF, parameters: {...}}."),
+        (
+            "merge_method: linear\nmodels:\n  - a\n",
+            "r.yaml:3: models[0]: allowed is {model: REF, parameters: {...}} with a reference as text.",
+        ),
+        (
+            "merge_method: linear\nmodels:\n  - model: a\n    weight: 1\n",
+            "r.yaml:4: models[0].weight: unknown key beside model. Parameters stand under 'parameters:' in this dialect.",
+        ),
+        (
+            "merge_method: linear\nmodels:\n  - model: a\n    layer_range: [0, 1]\n    parameters: {weight: 1}\n",
+            "r.yaml:4: models[0].layer_range: unknown key beside model.",
+        ),
+        (
+            "merge_method: linear\nmodels:\n  - model: a\n    parameters: 3\n",
+            "r.yaml:4: models[0].parameters: allowed is a mapping of parameter names to numbers.",
+        ),
+        (
+            "merge_method: linear\nmodels:\n  - model: a\n    parameters:\n      weight: {filter: x, value: 1}\n",
+            "r.yaml:5: models[0].parameters.weight: gradients and filters are not supported yet.",
+        ),
+        (
+            "merge_method: linear\nmodels:\n  - model: a\n    parameters:\n      wieght: 1\n      weight: 1\n",
+            "r.yaml:5: models[0].wieght: model a: 'wieght' is no parameter of linear. Did you mean 'weight'? Allowed: weight, normalize.",
+        ),
+        (
+            MERGEKIT.replace("linear", "linaer"),
+            f"r.yaml:1: method: there is no merge method 'linaer'. Did you mean 'linear'? Known: {METHODS}.",
+        ),
+        (
+            "merge_method: slerp\nparameters: {t: 0.5}\nmodels:\n  - model: a\n",
+            "r.yaml:1: slerp needs a base model; add base: REF.",
+        ),
+    ],
+)
+def test_mergekit_refusals(text: str, expected: str, tmp_path: Path) -> None:
+    assert faults(tmp_path, text) == [expected]
+
+
+def test_mergekit_faults_are_reported_at_once(tmp_path: Path) -> None:
+    text = "merge_method: linear\nslices: []\nmodels:\n  - model: a\n    weight: 1\nparameters: 3\ndtype: int8\n"
+    assert [fault.split(" ")[0] for fault in faults(tmp_path, text)] == ["r.yaml:2:", "r.yaml:6:", "r.yaml:5:", "r.yaml:7:"]
+
+
+@pytest.mark.parametrize("method", [method.id for method in all_methods()])
+def test_mergekit_takes_every_method_by_its_name(method: str) -> None:
+    known = get(method)
+    each = {p.name: 0.5 for p in known.parameters if p.required and p.per_model}
+    count = known.min_models
+    found = converted(
+        merge_method=method,
+        base_model="base",
+        models=[{"model": f"m{number}", "parameters": each} for number in range(count)],
+        parameters={p.name: 0.5 for p in known.parameters if p.required and not p.per_model},
+    )
+    assert found["method"] == method
+    assert [entry["model"] for entry in found["models"]] == [f"m{number}" for number in range(count)]
+    assert found["base"] == "base"
