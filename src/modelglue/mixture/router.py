@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelglue.errors import UserError
 from modelglue.mixture.spec import ExpertSpec, RouterSpec
-from modelglue.models import batches, decoder_layers
+from modelglue.models import batches, decoder_layers, inference
 
 if TYPE_CHECKING:
     import torch
@@ -118,8 +118,6 @@ class Reader:
 
 def entering(model: Any, ids: torch.Tensor, mask: torch.Tensor, layer: int) -> torch.Tensor:
     """Residual stream [B, T, d] entering decoder layer `layer` (0 = embedding output), in float32; later layers do not run."""
-    import torch
-
     _, layers = decoder_layers(model)
     caught: list[torch.Tensor] = []
 
@@ -130,7 +128,7 @@ def entering(model: Any, ids: torch.Tensor, mask: torch.Tensor, layer: int) -> t
     handle = layers[layer].register_forward_pre_hook(catch, with_kwargs=True)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     try:
-        with torch.inference_mode():
+        with inference(model):
             model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     except _Reached:
         pass

@@ -1,6 +1,7 @@
 """Floor 4: live models; the only floor below 5 that imports transformers."""
 
 from modelglue.models.cached import batches
+from modelglue.models.inference import inference
 from modelglue.models.live import check_fit, load_into, load_live
 from modelglue.models.roles import Roles, decoder_layers, roles_of
 from modelglue.models.text import LiveTextModel, TextModel
@@ -13,6 +14,7 @@ __all__ = [
     "batches",
     "check_fit",
     "decoder_layers",
+    "inference",
     "load_into",
     "load_live",
     "load_tokenizer",

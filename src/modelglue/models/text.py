@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from modelglue.errors import CheckpointError
 from modelglue.models.cached import CachedModel, common_length
 from modelglue.models.greedy import Stops, continue_rows, decode
+from modelglue.models.inference import inference
 from modelglue.models.likelihood import Row, score_rows
 
 
@@ -56,15 +57,11 @@ class LiveTextModel:
         The suffix after the longest common prefix of the ids of `context` and of `context + continuation` is scored, so a token that spans
         the border counts to the continuation. Blanks at a context's end move to the continuation.
         """
-        import torch
-
-        with torch.inference_mode():
+        with inference(self.model):
             return score_rows(self._reader, self._rows(pairs), self._vocabulary)
 
     def generate(self, prompts: Sequence[str], *, until: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy, with the model's cache; a row stops at an end-of-text id or when its decoded text holds a stop string."""
-        import torch
-
         texts = [""] * len(prompts)
         steps = min(max_new_tokens, self._limit - 1)
         if steps < 1:
@@ -75,7 +72,7 @@ class LiveTextModel:
             rows.append(ids[steps - self._limit :] or [self._first])
         stops = Stops(self.tokenizer, until)
         ends = self._ends | {self._specials[stop] for stop in until if stop in self._specials}  # decoded text does not show these
-        with torch.inference_mode():
+        with inference(self.model):
             for place, ids in continue_rows(self._reader, rows, steps, ends, stops):
                 texts[place] = stops.cut(decode(self.tokenizer, ids))
         return texts
