@@ -1,33 +1,44 @@
-"""A run folder as `modelglue glue` leaves it: eleven models, three families, five skills.
+"""A run folder as `modelglue glue` leaves it: eleven models, three families, five skills; or more models, or other names.
 
-The searching, clustering and choosing is done by the library itself on made-up scores, so the schema is the real one.
+All decisions are taken and written by the library itself on made-up scores, so the files are the real ones in everything but the weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
 from modelglue.checkpoint import TensorsCheckpoint, write_json_atomic
-from modelglue.recipe import Candidate, Scores, interval, paired_interval
-from modelglue.search import select
+from modelglue.glue import decide, mix
+from modelglue.glue.schema import ClusterOptions, MixtureOptions, SelectOptions
+from modelglue.mixture import SelfTest
+from modelglue.recipe import Candidate, Scores
 from modelglue.zoo import Similarity, find_families
 
 SKILLS = ("reverse", "sort", "next", "larger", "double")
-ITEMS = {"proxy": 60, "confirmation": 60, "test": 200}
 HOME = {"reverse": 0, "reverse-twin": 0, "sort": 0, "sort-twin": 0, "next": 0, "larger": 0, "generalist": 0, "corrupted": 0,
         "drifted": 1, "drifted-child": 1, "stranger": 2}  # fmt: skip
-GOOD_AT = {"reverse": "reverse", "reverse-twin": "reverse", "sort": "sort", "sort-twin": "sort", "next": "next", "larger": "larger"}
+GOOD_AT = {"reverse": 0, "reverse-twin": 0, "sort": 1, "sort-twin": 1, "next": 2, "larger": 3}
+TOPICS = ("math", "code", "law", "medicine", "dialogue")
+PROMPTS = 24
 
 
-def skill_of(alias: str) -> list[float]:
+def homes(models: int) -> dict[str, int]:
+    """Family of every model; models beyond the eleven form families of their own, by topic."""
+    extra = {f"{TOPICS[number % 5]}-tuned-v{number // 5 + 1}": 3 + number % 5 for number in range(max(0, models - len(HOME)))}
+    return dict([*HOME.items(), *extra.items()][:models])
+
+
+def ability_of(alias: str) -> list[float]:
     """Made-up ability per skill."""
     if alias == "corrupted":
         return [0.22, 0.25, 0.2, 0.5, 0.1]
@@ -38,207 +49,253 @@ def skill_of(alias: str) -> list[float]:
     ability = [0.52, 0.55, 0.5, 0.71, 0.16]
     if alias == "generalist":
         return [value + 0.07 for value in ability]
-    return [value + 0.22 * (GOOD_AT.get(alias) == skill) for skill, value in zip(SKILLS, ability, strict=True)]
+    if alias not in HOME and alias != "base":
+        return np.random.default_rng(_number(alias)).uniform(0.1, 0.62, 5).tolist()
+    return [value + 0.22 * (GOOD_AT.get(alias) == number) for number, value in enumerate(ability)]
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+
+@dataclass
+class FakeTasks:
+    """The items of one split; their texts say where they belong."""
+
+    skills: Mapping[str, int]
+
+    def contexts(self, skill: str) -> list[str]:
+        return [f"{skill} {number}" for number in range(self.skills[skill])]
 
 
 @dataclass
 class FakeEvaluator:
-    """Scores of linear merges: abilities average, and blending helps a little unless the corrupted model is in it."""
+    """Scores of linear merges: abilities average, and blending helps a little (or harms)."""
 
     split: str
-    names: Mapping[str, str] = field(default_factory=dict)
-    tasks: Sequence[str] = SKILLS
+    tasks: Mapping[str, int]
+    plain: Mapping[str, str]
+    blending: float
+    _known: dict[str, Scores] = field(default_factory=dict)
 
     def evaluate(self, candidate: Candidate) -> Scores:
-        parts = [(self.names.get(alias, alias), weight) for alias, weight in zip(candidate.members, candidate.weights, strict=True)]
-        ability = sum(weight * np.array(skill_of(alias)) for alias, weight in parts)
-        spread = 1 - sum(weight**2 for _, weight in parts)
-        return scored(np.clip(ability + 0.16 * spread, 0, 0.99), self.split, key=str(parts))
+        if candidate.key not in self._known:
+            parts = [(self.plain[alias], weight) for alias, weight in zip(candidate.members, candidate.weights, strict=True)]
+            ability = sum(weight * np.array(ability_of(alias)) for alias, weight in parts)
+            spread = 1 - sum(weight**2 for _, weight in parts)
+            self._known[candidate.key] = self._scored(np.clip(ability + self.blending * spread, 0, 0.99), str(parts))
+        return self._known[candidate.key]
+
+    def _scored(self, ability: Any, key: str) -> Scores:
+        """Item i is right when its fixed difficulty is below the ability (with a little noise of the candidate's own)."""
+        items = {}
+        for number, (skill, count) in enumerate(self.tasks.items()):
+            shared = np.random.default_rng([number, len(self.split)]).random(count)
+            own = np.random.default_rng(_number(f"{key}/{number}")).normal(0, 0.05, count)
+            right = (shared + own < ability[number]).astype(float)
+            items[skill] = {f"{skill}-{item}": value for item, value in enumerate(right.tolist())}
+        return Scores(items)
 
 
-def scored(ability: Any, split: str, key: str) -> Scores:
-    """Item i is right when its fixed difficulty is below the ability (with a little noise of the candidate's own)."""
-    items = {}
-    for number, skill in enumerate(SKILLS):
-        shared = np.random.default_rng([number, len(split)]).random(ITEMS[split])
-        digest = int.from_bytes(hashlib.sha256(f"{key}/{skill}".encode()).digest()[:4], "little")
-        own = np.random.default_rng(digest).normal(0, 0.05, ITEMS[split])
-        right = (shared + own < ability[number]).astype(float)
-        items[skill] = {f"{skill}-{item}": value for item, value in enumerate(right.tolist())}
-    return Scores(items)
+@dataclass
+class FakeMixture:
+    """Sends one item in `astray` to the next expert."""
+
+    experts: Sequence[str]
+    home: Mapping[str, str]
+    candidates: Mapping[str, Candidate]
+    astray: int
+    identity: str = "mixture"
+
+    def route(self, texts: Sequence[str]) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=self._expert(*text.rsplit(" ", 1))) for text in texts]
+
+    def _expert(self, skill: str, number: str) -> str:
+        own = self.experts.index(self.home[skill])
+        return self.experts[(own + (int(number) % self.astray == 0)) % len(self.experts)]
+
+    def self_test(self) -> SelfTest:
+        """All prompts of every expert come home but one of the last's."""
+        count = len(self.experts)
+        table = [[PROMPTS * (i == j) for j in range(count)] for i in range(count)]
+        table[-1][0], table[-1][-1] = 1, PROMPTS - 1
+        return SelfTest(
+            experts=tuple(self.experts), confusion=tuple(map(tuple, table)), margin=-0.0134, condition_number=2.71, gate_mode="hidden",
+            router_layer=0, encoder=f"representatives/{self.experts[0]}",
+            warnings=(f"1 of {PROMPTS} prompts of '{self.experts[-1]}' reach another expert.",),
+        )  # fmt: skip
 
 
-def matrix_of(aliases: Sequence[str]) -> Any:
+class FakeCheckpoint:
+    """One tensor, as far as the description of the zoo looks."""
+
+    def __init__(self, alias: str) -> None:
+        self.identity = hashlib.sha256(alias.encode()).hexdigest()
+        self.config = {"architectures": ["LlamaForCausalLM"]}
+
+    def names(self) -> list[str]:
+        return ["weight"]
+
+    def info(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(numel=541_056, nbytes=2_164_224)
+
+
+@dataclass
+class FakeBench:
+    """What the steps of the recipe ask of a bench."""
+
+    names: Mapping[str, str]
+    """Plain alias -> the alias of this run."""
+    tasks: Mapping[str, FakeTasks]
+    file: Any
+    blending: float
+    base: str | None
+
+    @cached_property
+    def plain(self) -> dict[str, str]:
+        return {shown: alias for alias, shown in self.names.items()} | {"base": "base"}
+
+    @cached_property
+    def evaluators(self) -> dict[str, FakeEvaluator]:
+        return {split: FakeEvaluator(split, tasks.skills, self.plain, self.blending) for split, tasks in self.tasks.items()}
+
+    @cached_property
+    def models(self) -> dict[str, SimpleNamespace]:
+        skills = list(self.tasks["proxy"].skills)
+        domain = {alias: [skills[GOOD_AT[alias]] if alias in GOOD_AT else "general"] for alias in self.names}
+        return {shown: SimpleNamespace(id=f"models/{shown}", domain=domain[alias], prompts=None) for alias, shown in self.names.items()}
+
+    @property
+    def checkpoints(self) -> dict[str, FakeCheckpoint]:
+        return {alias: FakeCheckpoint(alias) for alias in self.members}
+
+    @property
+    def members(self) -> list[str]:
+        return list(self.names.values())
+
+    @property
+    def splits(self) -> list[str]:
+        return list(self.tasks)
+
+    def skills(self, split: str) -> list[str]:
+        return list(self.tasks[split].skills)
+
+    def evaluator(self, split: str) -> FakeEvaluator:
+        return self.evaluators[split]
+
+    def score(self, candidate: Candidate, split: str) -> Scores:
+        return self.evaluators[split].evaluate(candidate)
+
+    def score_text_model(self, model: FakeMixture, identity: str, split: str) -> Scores:
+        """Every item is answered by the expert that the mixture sends it to."""
+        found = {}
+        for skill in self.skills(split):
+            routed = [route.name for route in model.route(self.tasks[split].contexts(skill))]
+            by_expert = {name: self.score(model.candidates[name], split).items[skill] for name in model.experts}
+            found[skill] = {item: by_expert[name][item] for item, name in zip(by_expert[model.experts[0]], routed, strict=True)}
+        return Scores(found)
+
+    def emit(self, event: str, fields: Mapping[str, Any]) -> None:
+        """Nobody listens."""
+
+
+class FakeSimilarity:
+    """Similarities to a merge, without the inner products of real weights."""
+
+    def __init__(self, matrix: Any) -> None:
+        self.matrix = matrix
+
+    def to_merge(self, weights: Mapping[int, float], other: int) -> float:
+        return float(np.mean([self.matrix[member, other] for member in weights]))
+
+
+def matrix_of(home: Mapping[str, int]) -> Any:
     """Near 1 inside a family, low across; the stranger has another vocabulary and sizes: nothing to compare."""
     rows = np.random.default_rng(3)
-    matrix = np.ones((len(aliases), len(aliases)))
-    for i, a in enumerate(aliases):
-        for j, b in enumerate(aliases[:i]):
+    matrix = np.ones((len(home), len(home)))
+    for i, a in enumerate(home):
+        for j, b in enumerate(list(home)[:i]):
             near = 0.9985 - 0.012 * rows.random() - 0.02 * ("corrupted" in (a, b))
-            value = near if HOME[a] == HOME[b] else 0.63 + 0.05 * rows.random()
+            value = near if home[a] == home[b] else 0.63 + 0.05 * rows.random()
             matrix[i, j] = matrix[j, i] = float("nan") if "stranger" in (a, b) else value
     return matrix
 
 
-def write_fake_run(run: Path, *, rename: Mapping[str, str] | None = None) -> Path:
-    """Write the folder; `rename` gives models other (hostile) names."""
+#: in the order in which a run writes them
+STEPS = ("run.json", "zoo.json", "similarity.safetensors", "families.json", "decisions.json", "results.json")
+
+
+def write_fake_run(
+    run: Path,
+    *,
+    models: int = len(HOME),
+    rename: Mapping[str, str] | None = None,
+    skills: Sequence[str] = SKILLS,
+    items: Mapping[str, int] | None = None,
+    blending: float = 0.16,
+    astray: int = 40,
+    base: str | None = "base",
+    name: str = "tiny zoo",
+) -> Path:
+    """Write the folder. `rename` gives models, and `skills` gives skills, other (hostile) names; `items` counts the items of each split
+    that is there; eight models are one family. Negative `blending` makes every merge worse, `astray=1` the mixture."""
     run.mkdir(parents=True, exist_ok=True)
-    shown = {alias: (rename or {}).get(alias, alias) for alias in HOME}
-    plain = {name: alias for alias, name in shown.items()}
-    aliases = list(plain)
-    matrix = matrix_of(list(HOME))
-    found = find_families(matrix, threshold=0.95, labels=aliases).to_json()
-    similarity = Similarity(
-        matrix, tuple(aliases), "column", "all", False, (), None, TensorsCheckpoint({"similarity": torch.from_numpy(matrix.copy())})
+    home = homes(models)
+    names = {alias: (rename or {}).get(alias, alias) for alias in home}
+    counts = items or {"proxy": 60, "confirmation": 60, "test": 200}
+    options = SimpleNamespace(zoo=SimpleNamespace(name=name), cluster=ClusterOptions(), select=SelectOptions(), mixture=MixtureOptions())
+    bench: Any = FakeBench(
+        names, {split: FakeTasks(dict.fromkeys(skills, count)) for split, count in counts.items()}, options, blending, base
     )
-    similarity.save(run / "similarity.safetensors")
-    evaluators = {split: FakeEvaluator(split, plain) for split in ITEMS}
-
-    def single(alias: str, split: str) -> Scores:
-        return evaluators[split].evaluate(Candidate.single(alias))
-
-    ranking = sorted(
-        ({"alias": alias, "score": single(alias, "proxy").mean, "tasks": single(alias, "proxy").tasks()} for alias in aliases),
-        key=lambda row: -row["score"],
-    )
-    families = [_family(family, matrix, aliases, evaluators) for family in found["families"]]
-    candidates = {f["representative"]["name"]: Candidate.linear(f["representative"]["weights"]) for f in families}
-    names = list(candidates)
-    won = {name: [] for name in names}
-    for skill in SKILLS:
-        won[max(names, key=lambda name: evaluators["proxy"].evaluate(candidates[name]).tasks()[skill])].append(skill)
-    kept = [name for name in names if won[name]]
-    home = {skill: name for name, skills in won.items() for skill in skills}
-    mixture = {split: _mixture(home, candidates, evaluators[split]) for split in ITEMS}
-    best_single = max(aliases, key=lambda alias: single(alias, "confirmation").mean)
-    decisions = {
-        "tasks": {split: list(SKILLS) for split in ITEMS},
-        "ranking": ranking,
-        "families": families,
-        "experts": [
-            {"name": name, "family": number, "won": won[name], "kept": name in kept,
-             "reason": "best on " + ", ".join(won[name]) if won[name] else "best on no proxy task"}
-            for number, name in enumerate(names)
-        ],
-        "router": {
-            "gate_mode": "hidden", "router_layer": 0, "encoder": f"representatives/{names[0]}",
-            "self_test": {"experts": kept, "confusion": _confusion(len(kept)), "accuracy": 71 / 72},
-            "condition_number": {"gate": 2.71}, "margin": -0.0134, "warnings": [f"1 of 24 prompts of '{kept[-1]}' reach another expert."],
-            "load": _load(home, kept, ITEMS["proxy"]), "oracle_gap": 0.0133,
-        },
-        "outcome": {
-            "kind": "mixture", "name": "mixture", "reason": "every expert answers what it is best at", "split": "confirmation",
-            "score": mixture["confirmation"].mean, "best_single": best_single,
-            "interval_vs_best_single": list(paired_interval(mixture["confirmation"], single(best_single, "confirmation"))),
-        },
-    }  # fmt: skip
-    write_json_atomic(run / "zoo.json", _zoo(shown))
-    write_json_atomic(run / "families.json", found)
-    write_json_atomic(run / "decisions.json", decisions)
-    write_json_atomic(run / "results.json", _results(families, aliases, evaluators, candidates, mixture, home, kept))
-    write_json_atomic(run / "run.json", {"format": "modelglue-run/1", "key": "0" * 64, "complete": True})
+    for step, (path, value) in zip(STEPS, _walk(bench, matrix_of(home), astray), strict=True):
+        assert step == path
+        if isinstance(value, Similarity):
+            value.save(run / path)
+        else:
+            write_json_atomic(run / path, value)
     _write_log(run / "log.jsonl")
     return run
 
 
-def _family(family: Mapping[str, Any], matrix: Any, aliases: Sequence[str], evaluators: Mapping[str, FakeEvaluator]) -> dict[str, Any]:
-    members = family["members"]
-    proxy = evaluators["proxy"]
-    singles = {alias: proxy.evaluate(Candidate.single(alias)) for alias in members}
-    best = max(members, key=lambda alias: singles[alias].mean)
-    strategies: list[Any] = []
-    candidate, chosen = Candidate.single(best), None
-    if len(members) > 1:
-        result = select(
-            members, proxy, strategy="all", confirm=evaluators["confirmation"],
-            similarity_to=lambda weights, other: float(np.mean([matrix[aliases.index(a), aliases.index(other)] for a in weights])),
-        )  # fmt: skip
-        strategies = [selection.to_json() for selection in result.selections]
-        candidate, chosen = Candidate.linear(result.chosen.weights), result.chosen.strategy
-    scores = proxy.evaluate(candidate)
-    is_merge = len(candidate.members) > 1
-    weights = dict(zip(candidate.members, candidate.weights, strict=True))
-    return {
-        "id": family["id"], "members": members, "strategies": strategies, "chosen": chosen,
-        "rejected": [alias for alias in members if alias not in weights],
-        "representative": {
-            "name": f"family-{family['id']}" if is_merge else candidate.members[0], "kind": "merge" if is_merge else "single",
-            "strategy": chosen if is_merge else None, "weights": weights, "proxy": scores.mean, "tasks": scores.tasks(),
-            "best_member": best,
-            "interval_vs_best_member": list(paired_interval(scores, singles[best])),
-        },
-    }  # fmt: skip
-
-
-def _mixture(home: Mapping[str, str], candidates: Mapping[str, Candidate], evaluator: FakeEvaluator) -> Scores:
-    return Scores({skill: evaluator.evaluate(candidates[home[skill]]).items[skill] for skill in SKILLS})
-
-
-def _confusion(experts: int) -> list[list[int]]:
-    """All 24 prompts of every expert come home but one of the last's."""
-    table = [[24 * (i == j) for j in range(experts)] for i in range(experts)]
-    table[-1][0], table[-1][-1] = 1, 23
-    return table
-
-
-def _load(home: Mapping[str, str], experts: Sequence[str], items: int) -> dict[str, dict[str, int]]:
-    astray = max(1, items // 40)
-    return {
-        skill: {expert: items - astray * (len(experts) - 1) if home[skill] == expert else astray for expert in experts} for skill in SKILLS
-    }
-
-
-def _results(
-    families: Sequence[Any], aliases: Sequence[str], evaluators: Mapping[str, FakeEvaluator], candidates: Mapping[str, Candidate],
-    mixture: Mapping[str, Scores], home: Mapping[str, str], kept: Sequence[str],
-) -> dict[str, Any]:  # fmt: skip
-    test = evaluators["test"]
-    family_of = {alias: family["id"] for family in families for alias in family["members"]}
-    rows = [("base", "base", None, scored(np.array([0.52, 0.55, 0.5, 0.71, 0.16]), "test", "base"))]
-    rows += [(alias, "single", family_of[alias], test.evaluate(Candidate.single(alias))) for alias in aliases]
-    comparisons = []
-    for family in families:
-        if len(family["members"]) > 1:
-            number, name = family["id"], family["representative"]["name"]
-            average = test.evaluate(Candidate.linear(dict.fromkeys(family["members"], 1.0)))
-            merged = test.evaluate(candidates[name])
-            rows += [(f"average of family {number}", "average", number, average), (name, "representative", number, merged)]
-            comparisons.append((name, merged, f"average of family {number}", average, [s for s in SKILLS if home[s] == name]))
-    rows.append(("mixture", "mixture", None, mixture["test"]))
-    by_name = {name: scores for name, _, _, scores in rows}
-    best = max(aliases, key=lambda alias: by_name[alias].mean)
-    comparisons.insert(0, ("result", mixture["test"], best, by_name[best], list(SKILLS)))
-    return {
-        "split": "test",
-        "skills": list(SKILLS),
-        "models": [
-            {
-                "name": name, "kind": kind, "family": family, "mean": scores.mean, "interval": list(interval(scores)),
-                "tasks": {task: {"score": value, "items": ITEMS["test"]} for task, value in scores.tasks().items()},
-            }
-            for name, kind, family, scores in rows
-        ],
-        "comparisons": [_comparison(*comparison) for comparison in comparisons],
-        "routing": _load(home, kept, ITEMS["test"]),
-        "cost": {"candidates": 204, "items_scored": 81_340, "bytes_read": 23_812_480},
-    }  # fmt: skip
-
-
-def _comparison(a: str, ours: Scores, b: str, theirs: Scores, skills: Sequence[str]) -> dict[str, Any]:
-    difference, low, high = paired_interval(ours.only(skills), theirs.only(skills))
-    return {"a": a, "b": b, "skills": list(skills), "difference": difference, "interval": [low, high]}
-
-
-def _zoo(shown: Mapping[str, str]) -> dict[str, Any]:
-    models = [
+def _walk(bench: Any, matrix: Any, astray: int) -> Iterator[tuple[str, Any]]:
+    """What the recipe writes, step by step."""
+    yield "run.json", {"format": "modelglue-run/1", "key": "0" * 64, "complete": True}
+    yield "zoo.json", decide.describe_zoo(bench)
+    store = TensorsCheckpoint({"similarity": torch.from_numpy(matrix.copy())})
+    yield "similarity.safetensors", Similarity(matrix, tuple(bench.members), "column", "all", False, (), None, store)
+    families = find_families(matrix, threshold=0.95, labels=bench.members).to_json()
+    yield "families.json", families
+    ranking = decide.rank(bench)
+    found: Any = FakeSimilarity(matrix)
+    representatives = [decide.merge_family(bench, found, family) for family in families["families"]]
+    verdicts = decide.verdicts(bench, representatives)
+    mixture = _mixture(representatives, verdicts, astray)
+    outcome, scores = mix.confirm(bench, representatives, mixture)
+    kept = {r.name: r.proxy for r, verdict in zip(representatives, verdicts, strict=True) if verdict.kept}
+    yield (
+        "decisions.json",
         {
-            "alias": name, "reference": f"models/{alias}", "identity": hashlib.sha256(alias.encode()).hexdigest(),
-            "architecture": "LlamaForCausalLM", "parameters": 541_056, "bytes": 2_164_224, "domain": [GOOD_AT.get(alias, "general")],
-            "prompts": {"positive": [], "negative": []},
-        }
-        for alias, name in shown.items()
-    ]  # fmt: skip
-    return {"name": "tiny zoo", "base": "base", "models": models, "warnings": []}
+            "tasks": {split: bench.skills(split) for split in bench.splits},
+            "ranking": ranking,
+            "families": [r.trace for r in representatives],
+            "experts": [
+                {"name": r.name, "family": r.id, "won": list(v.won), "kept": v.kept, "reason": v.reason}
+                for r, v in zip(representatives, verdicts, strict=True)
+            ],
+            "router": mix.diagnose(bench, mixture, scores, kept) if mixture is not None and scores is not None else None,
+            "outcome": outcome,
+        },
+    )
+    results = mix.final_results(bench, representatives, verdicts, mixture, outcome)
+    yield "results.json", {**results, "cost": {"candidates": 204, "items_scored": 81_340, "bytes_read": 2_164_224 * len(bench.members)}}
+
+
+def _mixture(representatives: Sequence[Any], verdicts: Sequence[Any], astray: int) -> Any:
+    kept = [(r, verdict) for r, verdict in zip(representatives, verdicts, strict=True) if verdict.kept]
+    if len(kept) < 2:
+        return None
+    home = {skill: r.name for r, verdict in kept for skill in verdict.won}
+    return FakeMixture([r.name for r, _ in kept], home, {r.name: r.candidate for r, _ in kept}, astray)
 
 
 def _write_log(path: Path) -> None:

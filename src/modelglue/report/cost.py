@@ -8,6 +8,18 @@ from typing import Any
 
 from modelglue.report import text
 
+#: event of the log -> what it is called on the page
+_STEPS = {
+    "zoo.json": "description of the zoo",
+    "similarity": "similarity",
+    "families.json": "families",
+    "ranking": "ranking",
+    "selection": "selection",
+    "write": "writing merges",
+    "mixture": "mixture and confirmation",
+    "test": "final comparison",
+}
+
 
 def counts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     cost = results["cost"]
@@ -24,15 +36,23 @@ def times(log: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     for line in log:
         seconds = line.get("seconds")
         if isinstance(seconds, int | float):
-            spent[line["event"]] = spent.get(line["event"], 0.0) + seconds
+            # every merge is written under its own name
+            event = line["event"].partition(" ")[0]
+            spent[event] = spent.get(event, 0.0) + seconds
     stamps = [line["time"] for line in log if isinstance(line.get("time"), int | float)]
     if not spent and not stamps:
         return None
     total = sum(spent.values())
     return {
         "rows": [
-            {"name": name, "text": text.duration(seconds), "bar": f"--w:{seconds / total if total else 0:.4f}"}
-            for name, seconds in spent.items()
+            {
+                "name": _STEPS.get(event, event),
+                "seconds": seconds,
+                "text": text.duration(seconds),
+                "share": text.percent(seconds, total),
+                "bar": f"--w:{seconds / total if total else 0:.4f}",
+            }
+            for event, seconds in spent.items()
         ],
         "total": text.duration(total),
         "batches": text.count(sum(line["event"] == "batch" for line in log)),

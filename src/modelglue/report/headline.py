@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from modelglue.report.charts import verdict
@@ -23,9 +23,13 @@ class Headline:
     reason: str
     parts: Sequence[str]
     """Experts of a mixture, members of a merge."""
-    score: float | None
+    score: float
+    interval: Sequence[float] | None
+    """Of the final model's score; None before the final comparison."""
+    items: int | None
+    skills: int
     best_single: str
-    best_single_score: float | None
+    best_single_score: float
     difference: float
     bounds: tuple[float, float]
     split: str
@@ -49,26 +53,35 @@ def headline(data: RunData) -> Headline | None:
         return None
     outcome = data.decisions["outcome"]
     difference, *bounds = outcome["interval_vs_best_single"]
-    best, split, score, best_score = outcome["best_single"], outcome["split"], outcome["score"], outcome["score"] - difference
-    if data.results is not None:
-        comparison = data.results["comparisons"][0]
-        best, split = comparison["b"], data.results["split"]
-        difference, bounds = comparison["difference"], comparison["interval"]
-        final, single = final_row(data.results, outcome), _row(data.results, best, "single")
-        score, best_score = final and final["mean"], single and single["mean"]
-    return Headline(
-        outcome["kind"], outcome["name"], outcome["reason"], _parts(data.decisions), score, best, best_score,
-        difference, (bounds[0], bounds[1]), split,
+    confirmed = Headline(
+        kind=outcome["kind"], name=outcome["name"], reason=outcome["reason"], parts=_parts(data.decisions),
+        score=outcome["score"], interval=None, items=None, skills=len(data.decisions["tasks"][outcome["split"]]),
+        best_single=outcome["best_single"], best_single_score=outcome["score"] - difference,
+        difference=difference, bounds=(bounds[0], bounds[1]), split=outcome["split"],
+    )  # fmt: skip
+    return confirmed if data.results is None else _measured(confirmed, data.results, outcome)
+
+
+def _measured(confirmed: Headline, results: Mapping[str, Any], outcome: Mapping[str, Any]) -> Headline:
+    """The same with the scores of the final comparison."""
+    comparison = results["comparisons"][0]
+    final, single = final_row(results, outcome), _row(results, comparison["b"], "single")
+    low, high = comparison["interval"]
+    return replace(
+        confirmed, score=final["mean"], interval=final["interval"], items=sum(task["items"] for task in final["tasks"].values()),
+        best_single=comparison["b"], best_single_score=single["mean"],
+        difference=comparison["difference"], bounds=(low, high), split=results["split"],
     )  # fmt: skip
 
 
-def final_row(results: Mapping[str, Any], outcome: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def final_row(results: Mapping[str, Any], outcome: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row of the final model; an alias may be called like it, so the kind decides."""
     return _row(results, outcome["name"], ROW_KIND[outcome["kind"]])
 
 
-def _row(results: Mapping[str, Any], name: str, kind: str) -> Mapping[str, Any] | None:
-    return next((row for row in results["models"] if row["name"] == name and row["kind"] == kind), None)
+def _row(results: Mapping[str, Any], name: str, kind: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = next(row for row in results["models"] if row["name"] == name and row["kind"] == kind)
+    return found
 
 
 def _parts(decisions: Mapping[str, Any]) -> list[str]:

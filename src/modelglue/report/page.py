@@ -16,7 +16,8 @@ from markupsafe import Markup
 
 from modelglue import __version__
 from modelglue.checkpoint import write_bytes_atomic
-from modelglue.report import cost, headline, heatmap, results, router, selection, text
+from modelglue.report import charts, cost, findings, headline, heatmap, progress, results, selection, text
+from modelglue.report import router as routing
 from modelglue.report.read import RunData, read_run
 
 REPORT = "report.html"
@@ -37,11 +38,11 @@ def write_report(run: Path) -> Path:
 def render(data: RunData) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, finalize=_showable,
     )  # fmt: skip
     environment.filters.update(
         score=text.score, gain=text.gain, interval=text.interval, similarity=text.similarity, count=text.count,
-        parameters=text.parameters, size=text.size, listed=text.listed,
+        parameters=text.parameters, size=text.size, listed=text.listed, number_of=text.number_of,
     )  # fmt: skip
     script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
     style = (_TEMPLATES / "page.css").read_text(encoding="utf-8")
@@ -53,35 +54,69 @@ def render(data: RunData) -> str:
 
 def _views(data: RunData) -> dict[str, Any]:
     """What the templates show; None for parts that the run does not have (yet)."""
-    decisions, found = data.decisions, data.results
-    first = headline.headline(data)
-    views: dict[str, Any] = {
-        "complete": data.complete,
+    return {
         "zoo": data.zoo,
-        "family_of": data.family_of,
-        "headline": first,
+        "progress": None if data.complete else progress.steps(data),
+        "headline": headline.headline(data),
         "walk": headline.walk(data),
-        "similarity": data.similarity,
-        "families": data.families,
-        "heatmap": heatmap.heatmap(data.similarity, data.families) if data.similarity is not None else None,
-        "ranking": results.ranking(decisions, data.family_of) if decisions else None,
-        "decided": [selection.family_view(family) for family in decisions["families"]] if decisions else None,
-        "experts": decisions["experts"] if decisions else None,
-        "outcome": decisions["outcome"] if decisions else None,
-        "router": None,
-        "results": None,
-        "comparisons": None,
-        "split": found["split"] if found else None,
-        "cost": cost.counts(found) if found else None,
-        "times": cost.times(data.log),
+        "results": _results(data),
+        "families": _families(data),
+        **_decisions(data),
+        "cost": cost.counts(data.results) if data.results else None,
+        "times": (times := cost.times(data.log)),
+        "time_finding": findings.cost(times) if times else None,
+        "shape_key": charts.key,
     }
-    if decisions and decisions["router"]:
-        routing = found["routing"] if found else None
-        views["router"] = router.router_view(decisions, routing, views["split"])
-    if decisions and found:
-        views["results"] = results.table(found, decisions["outcome"])
-        views["comparisons"] = results.comparisons(found, decisions["outcome"]["name"])
-    return views
+
+
+def _results(data: RunData) -> dict[str, Any] | None:
+    if data.decisions is None or data.results is None:
+        return None
+    found, outcome = data.results, data.decisions["outcome"]
+    return {
+        "finding": findings.results(found, outcome),
+        "split": found["split"],
+        "final": outcome["name"],
+        "kinds": results.KINDS,
+        "by_skill": results.by_skill(found, outcome),
+        "scores": results.scores(found, outcome),
+        "against": results.against(found, outcome),
+        "merges": results.merges(found),
+    }
+
+
+def _families(data: RunData) -> dict[str, Any] | None:
+    if data.similarity is None and data.families is None:
+        return None
+    return {
+        "finding": findings.families(data.families) if data.families else None,
+        "found": data.families,
+        "similarity": data.similarity,
+        "heatmap": heatmap.heatmap(data.similarity, data.families) if data.similarity is not None else None,
+        "lowest": heatmap.lowest(data.similarity) if data.similarity is not None else None,
+    }
+
+
+def _decisions(data: RunData) -> dict[str, Any]:
+    decisions = data.decisions
+    if decisions is None:
+        return dict.fromkeys(("ranking", "merging", "experts", "router"))
+    found = data.results
+    router = None
+    if decisions["router"]:
+        router = routing.router_view(decisions, found["routing"] if found else None, found["split"] if found else None)
+        router["finding"] = findings.router(router)
+    return {
+        "ranking": {**results.ranking(decisions, data.family_of), "finding": findings.ranking(decisions)},
+        "merging": {**selection.families_view(decisions["families"]), "finding": findings.merging(decisions)},
+        "experts": {**routing.experts_view(decisions), "finding": findings.experts(decisions)},
+        "router": router,
+    }
+
+
+def _showable(value: Any) -> Any:
+    """Applied to all that the templates print, before it is escaped."""
+    return text.showable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _digest(script: str) -> str:

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FORMAT = "modelglue-run/1"
+#: file -> the keys that a page is made of
+_KEYS = {
+    "zoo.json": ("name", "base", "models", "warnings"),
+    "families.json": ("threshold", "linkage", "families", "strongest_across", "warnings"),
+    "decisions.json": ("tasks", "ranking", "families", "experts", "router", "outcome"),
+    "results.json": ("split", "skills", "models", "comparisons", "routing", "cost"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ def read_run(run: Path) -> RunData:
     if not isinstance(marker, dict) or marker.get("format") != FORMAT:
         found = "no run.json" if marker is None else "a run.json of another format"
         raise UserError(f"{run}: holds {found}, so it is no {FORMAT} folder. Give the folder that `modelglue glue` wrote.")
-    zoo = _json(run / "zoo.json")
+    zoo = _part(run, "zoo.json")
     if zoo is None:
         raise UserError(
             f"{run}: nothing was measured here (zoo.json is missing): the run was stopped at once, or rebuilt from a recipe. "
@@ -58,18 +65,30 @@ def read_run(run: Path) -> RunData:
         complete=bool(marker.get("complete")),
         zoo=zoo,
         similarity=Similarity.load(matrix) if matrix.is_file() else None,
-        families=_json(run / "families.json"),
-        decisions=_json(run / "decisions.json"),
-        results=_json(run / "results.json"),
+        families=_part(run, "families.json"),
+        decisions=_part(run, "decisions.json"),
+        results=_part(run, "results.json"),
         log=_log(run / "log.jsonl"),
     )
+
+
+def _part(run: Path, name: str) -> Mapping[str, Any] | None:
+    """One step's file; None when the step has not been finished."""
+    value = _json(run / name)
+    missing = _KEYS[name] if not isinstance(value, dict) else [key for key in _KEYS[name] if key not in value]
+    if value is not None and missing:
+        raise UserError(
+            f"{run / name}: holds no {', '.join(missing)}, so this version of modelglue did not write it. "
+            "Remove the file and continue the run; it writes it again."
+        )
+    return value
 
 
 def _json(path: Path) -> Any | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(_text(path))
     except ValueError as error:
         raise UserError(f"{path}: is not JSON ({error}). Remove the file and continue the run; it writes it again.") from error
 
@@ -79,7 +98,7 @@ def _log(path: Path) -> tuple[Mapping[str, Any], ...]:
     if not path.is_file():
         return ()
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in _text(path, errors="replace").split("\n"):
         try:
             value = json.loads(line)
         except ValueError:
@@ -87,3 +106,10 @@ def _log(path: Path) -> tuple[Mapping[str, Any], ...]:
         if isinstance(value, dict) and isinstance(value.get("event"), str):
             found.append(value)
     return tuple(found)
+
+
+def _text(path: Path, errors: str = "strict") -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors=errors)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Make it readable, then report again.") from error

@@ -1,17 +1,16 @@
-"""The final comparison: a row per model, a column per skill, means with intervals, and who beats whom."""
+"""The final comparison: skill by skill, a table of scores, the result against every model, and whether merging helped."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
-
 from modelglue.report import text
-from modelglue.report.charts import Axis, heat, verdict, whisker
+from modelglue.report.charts import Axis, Mark, field, gain_plot, heat, score_plot, verdict
 from modelglue.report.headline import final_row
 
+Row = Mapping[str, Any]
 KINDS = {
     "base": "base",
     "single": "single model",
@@ -19,30 +18,139 @@ KINDS = {
     "representative": "merge",
     "mixture": "mixture",
 }
+MANY = 24
+"""Longer tables are set tighter."""
 
 
-def table(results: Mapping[str, Any], outcome: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows with the best mean first; equal means keep the order of results.json."""
+def by_skill(results: Mapping[str, Any], outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """The final model in the field of all others: over all skills, then on each; against the best single model there."""
+    final, rows = final_row(results, outcome), results["models"]
+    views = [_over_all(row) for row in rows]
+    axis = Axis.around(
+        [mark.value for row in rows for mark in _marks(row, results["skills"], False)] + _ends(final, results["skills"]), most=8
+    )
+    shown = [_field("all skills", None, views, views[rows.index(final)], axis)]
+    for skill in results["skills"]:
+        views = [{**row["tasks"][skill], "name": row["name"], "kind": row["kind"]} for row in rows]
+        shown.append(_field(skill, views[0]["items"], views, views[rows.index(final)], axis))
+    return {"rows": shown, "axis": axis, "kinds": list(dict.fromkeys(row["kind"] for row in rows if row is not final))}
+
+
+def _marks(row: Row, skills: Sequence[str], final: bool) -> list[Mark]:
+    kind = "final" if final else row["kind"]
+    found = [Mark(row["name"], kind, row["mean"], row["interval"])]
+    return found + [Mark(row["name"], kind, row["tasks"][s]["score"], row["tasks"][s]["interval"]) for s in skills]
+
+
+def _ends(row: Row, skills: Sequence[str]) -> list[float]:
+    return [end for mark in _marks(row, skills, True) for end in mark.bounds]
+
+
+def _over_all(row: Row) -> dict[str, Any]:
+    """The row as if its mean were a skill."""
+    return {key: row[key] for key in ("name", "kind", "interval", "result_minus")} | {"score": row["mean"]}
+
+
+def _field(name: str, items: int | None, views: Sequence[Row], final: Row, axis: Axis) -> dict[str, Any]:
+    best = max((view for view in views if view["kind"] == "single"), key=lambda view: view["score"])
+    marks = [Mark(view["name"], view["kind"], view["score"], view["interval"]) for view in views if view is not final]
+    own = Mark(final["name"], "final", final["score"], final["interval"])
+    values = [mark.value for mark in (own, *marks)]
+    label = f"{name}: {own.hint}; all models {text.score(min(values))} to {text.score(max(values))}"
+    return {
+        "name": name,
+        "tested": items,
+        "plot": field(marks, own, axis, label=label),
+        "score": text.score(final["score"]),
+        "best": best["name"],
+        "best_score": text.score(best["score"]),
+        **_difference(best["result_minus"], same=best is final),
+    }
+
+
+def _difference(found: Sequence[float], *, same: bool = False) -> dict[str, Any]:
+    """(difference, low, high) as texts; of a model with itself there is none."""
+    value, *bounds = found
+    if same:
+        return {"difference": text.NOTHING, "interval": "", "verdict": "same"}
+    return {"difference": text.gain(value), "interval": text.interval(bounds), "verdict": verdict(bounds)}
+
+
+def scores(results: Mapping[str, Any], outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """Every model's scores; the best mean first, equal means in the order of results.json."""
     rows, skills = results["models"], results["skills"]
     low, high = bounds([task["score"] for row in rows for task in row["tasks"].values()])
-    axis = Axis(*bounds([value for row in rows for value in row["interval"]]))
+    axis = Axis.around([value for row in rows for value in row["interval"]])
     best = {skill: max(row["tasks"][skill]["score"] for row in rows) for skill in skills}
     best_mean = max(row["mean"] for row in rows)
-    final = final_row(results, outcome)
-    items = {skill: rows[0]["tasks"][skill]["items"] for skill in skills}
+    final, dense = final_row(results, outcome), len(rows) > MANY
     shown = [
         {
-            "name": row["name"],
-            "kind": KINDS.get(row["kind"], row["kind"]),
-            "family": row["family"],
-            "final": row is final,
-            "cells": [_cell(row["tasks"][skill]["score"], best[skill], low, high) for skill in skills],
-            "mean": _cell(row["mean"], best_mean, low, high),
-            "plot": _mean(row, axis, row is final),
+            **_who(row, row is final),
+            "mean": _cell(row["mean"], best_mean, low, high, row["interval"]),
+            "plot": score_plot(row["mean"], row["interval"], axis, final=row is final, dense=dense),
+            "cells": [_cell(row["tasks"][s]["score"], best[s], low, high, row["tasks"][s]["interval"]) for s in skills],
         }
-        for row in sorted(rows, key=lambda row: -row["mean"])
+        for row in _best_first(rows)
     ]
-    return {"skills": skills, "rows": shown, "item_counts": items, "low": low, "high": high, "axis": axis}
+    return {"skills": skills, "rows": shown, "low": low, "high": high, "axis": axis, "dense": dense}
+
+
+def against(results: Mapping[str, Any], outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """The final model minus every other one, paired over items: over all skills, then on each."""
+    final, skills = final_row(results, outcome), results["skills"]
+    rows = [row for row in _best_first(results["models"]) if row is not final]
+    axis = Axis.around([value for row in rows for value in row["result_minus"]], signed=True)
+    largest = max((abs(row["tasks"][skill]["result_minus"][0]) for row in rows for skill in skills), default=0.0)
+    best = results["comparisons"][0]["b"]
+    dense = len(rows) > MANY
+    shown = [
+        {
+            **_who(row, False),
+            **_difference(row["result_minus"]),
+            "rival": row["kind"] == "single" and row["name"] == best,
+            "value": row["result_minus"][0],
+            "plot": gain_plot(row["result_minus"], axis, dense=dense),
+            "cells": [_gap(row["tasks"][skill]["result_minus"], largest) for skill in skills],
+        }
+        for row in rows
+    ]
+    return {"skills": skills, "rows": shown, "axis": axis, "dense": dense, "count": len(rows) * len(skills)}
+
+
+def merges(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Each merge against the best member and the uniform average of its family, in the order of results.json; None without merges."""
+    rows = [row for row in results["comparisons"] if row["a"] != "result"]
+    if not rows:
+        return None
+    axis = Axis.around([value for row in rows for value in row["interval"]], signed=True)
+    shown = []
+    for row in rows:
+        found = [row["difference"], *row["interval"]]
+        skills = "all skills" if row["skills"] == results["skills"] else ", ".join(row["skills"])
+        shown.append({"a": row["a"], "b": row["b"], "skills": skills, **_difference(found), "plot": gain_plot(found, axis)})
+    return {"rows": shown, "axis": axis}
+
+
+def ranking(decisions: Mapping[str, Any], families: Mapping[str, int]) -> dict[str, Any]:
+    """Every member of the zoo on proxy items, best first."""
+    rows, skills = decisions["ranking"], decisions["tasks"]["proxy"]
+    low, high = bounds([value for row in rows for value in row["tasks"].values()])
+    axis = Axis.around([value for row in rows for value in row["interval"]])
+    best = {skill: max(row["tasks"][skill] for row in rows) for skill in skills}
+    dense = len(rows) > MANY
+    shown = [
+        {
+            "rank": rank,
+            "name": row["alias"],
+            "family": families.get(row["alias"]),
+            "score": text.score(row["score"]),
+            "plot": score_plot(row["score"], row["interval"], axis, dense=dense),
+            "cells": [_cell(row["tasks"][skill], best[skill], low, high) for skill in skills],
+        }
+        for rank, row in enumerate(rows, start=1)
+    ]
+    return {"skills": skills, "rows": shown, "low": low, "high": high, "axis": axis, "dense": dense}
 
 
 def bounds(values: list[float]) -> tuple[float, float]:
@@ -50,52 +158,33 @@ def bounds(values: list[float]) -> tuple[float, float]:
     return math.floor(10 * min(values, default=0.0)) / 10, math.ceil(10 * max(values, default=1.0)) / 10
 
 
-def _cell(value: float, best: float, low: float, high: float) -> dict[str, Any]:
-    return {"value": value, "text": text.score(value), "style": heat(value, low, high), "best": value == best}
+def cells(values: Sequence[float], best: Sequence[bool], low: float, high: float) -> Iterator[dict[str, Any]]:
+    """Scores on a colour scale; the best ones are set bold."""
+    for value, is_best in zip(values, best, strict=True):
+        yield {"value": value, "text": text.score(value), "style": heat(value, low, high), "best": is_best, "hint": None}
 
 
-def _mean(row: Mapping[str, Any], axis: Axis, final: bool) -> Markup:
-    hint = f"{text.score(row['mean'])} ({text.score(row['interval'][0])} to {text.score(row['interval'][1])})"
-    return whisker(row["mean"], row["interval"], axis, kind="final" if final else "plain", hint=hint)
+def _cell(value: float, best: float, low: float, high: float, ends: Sequence[float] | None = None) -> dict[str, Any]:
+    (found,) = cells([value], [value == best], low, high)
+    return {**found, "hint": f"{text.score(ends[0])} to {text.score(ends[1])}" if ends else None}
 
 
-def comparisons(results: Mapping[str, Any], final: str) -> list[dict[str, Any]]:
-    """Paired differences, in the order of results.json; `result` is the final model."""
-    rows = results["comparisons"]
-    axis = Axis.around([value for row in rows for value in row["interval"]], zero=True)
-    shown = []
-    for row in rows:
-        judged = verdict(row["interval"])
-        hint = f"{text.gain(row['difference'])} ({text.interval(row['interval'])})"
-        everything = row["skills"] == results["skills"]
-        shown.append(
-            {
-                "a": final if row["a"] == "result" else row["a"],
-                "b": row["b"],
-                "skills": "all skills" if everything else ", ".join(row["skills"]),
-                "difference": text.gain(row["difference"]),
-                "interval": text.interval(row["interval"]),
-                "verdict": judged,
-                "plot": whisker(row["difference"], row["interval"], axis, kind=judged, hint=hint, zero=True),
-            }
-        )
-    return shown
+def _gap(found: Sequence[float], largest: float) -> dict[str, Any]:
+    """A difference on one skill: coloured when its interval does not hold 0, the stronger the larger."""
+    value, *ends = found
+    return {
+        "value": value,
+        "text": text.gain(value),
+        "verdict": verdict(ends),
+        "style": heat(abs(value), 0.0, largest),
+        "hint": text.interval(ends),
+    }
 
 
-def ranking(decisions: Mapping[str, Any], families: Mapping[str, int]) -> dict[str, Any]:
-    """Every member of the zoo on proxy items, best first."""
-    rows, skills = decisions["ranking"], decisions["tasks"]["proxy"]
-    low, high = bounds([value for row in rows for value in row["tasks"].values()])
-    best = {skill: max(row["tasks"][skill] for row in rows) for skill in skills}
-    shown = [
-        {
-            "rank": rank,
-            "name": row["alias"],
-            "family": families.get(row["alias"]),
-            "score": text.score(row["score"]),
-            "bar": f"--w:{max(0.0, min(1.0, row['score'])):.3f}",
-            "cells": [_cell(row["tasks"][skill], best[skill], low, high) for skill in skills],
-        }
-        for rank, row in enumerate(rows, start=1)
-    ]
-    return {"skills": skills, "rows": shown, "low": low, "high": high}
+def _who(row: Row, final: bool) -> dict[str, Any]:
+    kind = KINDS.get(row["kind"], row["kind"])
+    return {"name": row["name"], "kind": kind, "family": row["family"], "final": final}
+
+
+def _best_first(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: -float(row["mean"]))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modelglue.report import text
-from modelglue.report.charts import Axis, best_trial, trials, verdict, whisker
+from modelglue.report.charts import Axis, best_trial, gain_plot, trials, verdict
 
 STRATEGIES = {
     "average": "Average",
@@ -22,19 +22,22 @@ _ABOUT = {
 }
 
 
-def family_view(family: Mapping[str, Any]) -> dict[str, Any]:
+def families_view(families: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All families of decisions.json, and what there is to explain about them."""
+    views = [_family(family) for family in families]
+    return {
+        "families": views,
+        "searched": any(view["strategies"] for view in views),
+        "confirmed": any(view["confirmed"] for view in views),
+        "grid": any(view["grid"] for view in views),
+    }
+
+
+def _family(family: Mapping[str, Any]) -> dict[str, Any]:
     """One family of decisions.json, ready for the template."""
-    representative = family["representative"]
+    representative, runs = family["representative"], family["strategies"]
     weights = representative["weights"]
-    coefficients = [
-        {"name": alias, "value": weights.get(alias), "bar": f"--w:{weights.get(alias, 0.0):.4f}", "text": _weight(weights.get(alias))}
-        for alias in family["members"]
-    ]
-    runs = family["strategies"]
-    axis = Axis.around([end for run in runs for one in run["rounds"] for end in one["interval"]], zero=True)
-    scores = [run["individual"][run["order"][0]] for run in runs]
-    scores += [value for run in runs for one in run["rounds"] for value in (one["scores"] or {"": one["score"]}).values()]
-    scale = Axis.around(scores)
+    axis = Axis.around([end for run in runs for one in run["rounds"] for end in one["interval"]], signed=True)
     difference, *bounds = representative["interval_vs_best_member"]
     return {
         "id": family["id"],
@@ -45,15 +48,21 @@ def family_view(family: Mapping[str, Any]) -> dict[str, Any]:
         "gain": text.gain(difference),
         "interval": text.interval(bounds),
         "verdict": verdict(bounds),
-        "coefficients": coefficients,
+        "coefficients": [_coefficient(alias, weights.get(alias)) for alias in family["members"]],
         "confirmed": any(run["confirmation"] is not None for run in runs),
-        "strategies": [_strategy(run, family["chosen"], scale, axis) for run in runs],
+        "strategies": [_strategy(run, family["chosen"], axis) for run in runs],
+        "axis": axis,
         "grid": _ends(runs),
     }
 
 
-def _weight(value: float | None) -> str:
-    return "left out" if value is None else f"{value:.3f}"
+def _coefficient(alias: str, weight: float | None) -> dict[str, Any]:
+    return {
+        "name": alias,
+        "kept": weight is not None,
+        "bar": f"--w:{weight or 0.0:.4f}",
+        "text": "left out" if weight is None else f"{weight:.3f}",
+    }
 
 
 def _best(scores: Mapping[str, float] | None) -> str:
@@ -61,42 +70,28 @@ def _best(scores: Mapping[str, float] | None) -> str:
     return f"{best_trial(scores)[0]:g}" if scores else ""
 
 
-def _ends(runs: list[Mapping[str, Any]]) -> str:
+def _ends(runs: Sequence[Mapping[str, Any]]) -> str:
     """First and last coefficient of the grid."""
     found = sorted({float(c) for run in runs for one in run["rounds"] for c in one["scores"] or {}})
     return f"{found[0]:g} to {found[-1]:g}" if found else ""
 
 
-def _strategy(run: Mapping[str, Any], chosen: str | None, scale: Axis, axis: Axis) -> dict[str, Any]:
-    name = run["strategy"]
+def _strategy(run: Mapping[str, Any], chosen: str | None, axis: Axis) -> dict[str, Any]:
+    name, start = run["strategy"], run["order"][0]
     rounds = []
-    before = run["individual"][run["order"][0]]
+    before = run["individual"][start]
     for one in run["rounds"]:
-        difference, *bounds = one["interval"]
-        judged = verdict(bounds) if one["accepted"] else "plain"
-        hint = f"{text.gain(difference)} ({text.interval(bounds)})"
-        rounds.append(
-            {
-                "candidate": one["candidate"],
-                "own": text.score(run["individual"].get(one["candidate"])),
-                "before": text.score(before),
-                "score": text.score(one["score"]),
-                "accepted": one["accepted"],
-                "best": _best(one["scores"]),
-                "trials": trials(one["scores"], before, scale, taken=one["accepted"]) if one["scores"] else None,
-                "gain": text.gain(difference),
-                "interval": text.interval(bounds),
-                "plot": whisker(difference, bounds, axis, kind=judged, hint=hint, zero=True, width=110),
-            }
-        )
+        rounds.append(_round(one, run["individual"], before, axis))
         before = one["current"]
+    weights = {alias: weight for alias, weight in run["weights"].items() if weight}
     return {
         "name": STRATEGIES.get(name, name),
         "about": _ABOUT.get(name, ""),
         "chosen": name == chosen,
-        "start": run["order"][0],
-        "start_score": text.score(run["individual"][run["order"][0]]),
-        "kept": sum(1 for weight in run["weights"].values() if weight),
+        "start": start,
+        "start_score": text.score(run["individual"][start]),
+        "weights": [(alias, f"{weights[alias]:.3f}") for alias in run["order"] if alias in weights],
+        "kept": len(weights),
         "members": len(run["order"]),
         "evaluations": text.count(run["evaluations"]),
         "score": text.score(run["score"]),
@@ -104,4 +99,20 @@ def _strategy(run: Mapping[str, Any], chosen: str | None, scale: Axis, axis: Axi
         "rounds": rounds,
         "grid": any(one["scores"] for one in run["rounds"]),
         "warnings": run["warnings"],
+    }
+
+
+def _round(one: Mapping[str, Any], individual: Mapping[str, float], before: float, axis: Axis) -> dict[str, Any]:
+    difference, *bounds = one["interval"]
+    return {
+        "candidate": one["candidate"],
+        "own": text.score(individual.get(one["candidate"])),
+        "before": text.score(before),
+        "score": text.score(one["score"]),
+        "accepted": one["accepted"],
+        "best": _best(one["scores"]),
+        "trials": trials(one["scores"], before, taken=one["accepted"]) if one["scores"] else None,
+        "gain": text.gain(difference),
+        "interval": text.interval(bounds),
+        "plot": gain_plot(one["interval"], axis),
     }
