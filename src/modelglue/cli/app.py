@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
+from typing import NoReturn
 
 from cyclopts import App, Parameter
 
@@ -54,15 +56,13 @@ def main(tokens: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; run it again to continue", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # who read our output (head, a pager) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except ModelGlueError as error:
         _fail(error, shown)
     except MemoryError as error:
-        _fail(RunError(f"out of memory ({error}). Use fewer --workers, or a smaller batch."), shown)
+        _fail(RunError(f"out of memory ({error}). Use fewer --workers, or a smaller batch."), shown, error)
     except OSError as error:
-        _fail((UserError if error.errno in _MENDABLE else RunError)(f"{error.filename or 'the system'}: {error.strerror or error}."), shown)
+        kind = UserError if error.errno in _MENDABLE else RunError
+        _fail(kind(f"{error.filename or 'the system'}: {error.strerror or error}."), shown, error)
 
 
 def _run(arguments: list[str]) -> None:
@@ -74,8 +74,8 @@ def _run(arguments: list[str]) -> None:
     app(arguments)
 
 
-def _fail(error: ModelGlueError, shown: bool) -> None:
+def _fail(error: ModelGlueError, shown: bool, cause: BaseException | None = None) -> NoReturn:
     if shown:
-        raise error
+        traceback.print_exception(cause or error)
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)

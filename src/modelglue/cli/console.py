@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,9 +27,13 @@ def stderr() -> Console:
 
 def print_json(value: Any) -> None:
     """Machine-readable output: JSON on standard output, nothing else."""
-    json.dump(value, sys.stdout, indent=2, sort_keys=True, ensure_ascii=False)
-    sys.stdout.write("\n")
-    sys.stdout.flush()  # a reader that has gone is noticed here, not at exit
+    try:
+        json.dump(value, sys.stdout, indent=2, sort_keys=True, ensure_ascii=False)
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read it (head, a pager) has seen enough; what is still in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def print_warnings(console: Console, warnings: Iterable[str]) -> None:
