@@ -1,11 +1,11 @@
 """Floor 4: live models; the only floor below 5 that imports transformers."""
 
 from modelglue.models.cached import batches
-from modelglue.models.inference import inference
+from modelglue.models.forward import inference
 from modelglue.models.live import check_fit, load_into, load_live
 from modelglue.models.roles import Roles, decoder_layers, roles_of
 from modelglue.models.text import LiveTextModel, TextModel
-from modelglue.models.tokenizers import load_tokenizer
+from modelglue.models.tokenizers import has_tokenizer, load_tokenizer
 
 __all__ = [
     "LiveTextModel",
@@ -14,6 +14,7 @@ __all__ = [
     "batches",
     "check_fit",
     "decoder_layers",
+    "has_tokenizer",
     "inference",
     "load_into",
     "load_live",

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from modelglue.errors import CheckpointError
 from modelglue.models.cached import CachedModel, common_length
+from modelglue.models.forward import inference
 from modelglue.models.greedy import Stops, continue_rows, decode
-from modelglue.models.inference import inference
 from modelglue.models.likelihood import Row, score_rows
 
 
