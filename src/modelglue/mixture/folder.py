@@ -16,7 +16,7 @@ from modelglue.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorsCheck
 from modelglue.errors import CheckpointError, UserError
 from modelglue.mixture.router import Reader, best_layer, build_gate
 from modelglue.mixture.spec import EXPERT_NAME, ROUTE_SPAN, ExpertSpec, GateMode, RouterSpec
-from modelglue.models import check_fit, load_live, load_tokenizer
+from modelglue.models import check_fit, has_tokenizer, load_live, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +143,7 @@ def _open_experts(directory: Path, experts: Sequence[ExpertSpec]) -> list[Checkp
         raise UserError(f"{directory}: experts must have different names, got {', '.join(names)}.")
     opened = [open_checkpoint(expert.path) for expert in experts]
     for expert, checkpoint in zip(experts, opened, strict=True):
-        if not ({"tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"} & set(checkpoint.files)):
+        if not has_tokenizer(checkpoint):
             raise UserError(
                 f"expert '{expert.name}' ({expert.path}) has no tokenizer; at model level every expert needs its own. "
                 "Put its tokenizer.json into the folder."

@@ -1,7 +1,8 @@
 """A live model that reads ids piece by piece and keeps what it has read.
 
 Pieces of different lengths are padded on the left; pads are masked, and positions are counted from the mask, so a row's logits do
-not depend (beyond rounding) on the rows beside it. What several rows have in common is read once and handed on.
+not depend (beyond rounding) on the rows beside it. Models that carry pads along in a state of their own never see any. What several
+rows have in common is read once and handed on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+from modelglue.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +29,11 @@ _ANY_LENGTH = 2**30
 
 @dataclass(frozen=True)
 class Past:
-    """What the rows of a batch have read: the model's own cache, and the mask [B, S] of the real positions in it."""
+    """What the rows of a batch have read: the model's own cache, the mask [B, S] of its real positions, and whether others are in it."""
 
     cache: Any
     mask: torch.Tensor
+    padded: bool
 
     def rows(self, places: Sequence[int]) -> Past:
         """These rows, in this order, some perhaps several times; the past that they are taken from can still be used."""
@@ -39,7 +43,7 @@ class Past:
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]  # layers replace their tensors, they never write into them
         cache.batch_select_indices(chosen)
-        return Past(cache, self.mask[chosen])
+        return Past(cache, self.mask[chosen], self.padded)
 
 
 class CachedModel:
@@ -68,6 +72,10 @@ class CachedModel:
             return 0
         return min((int(getattr(layer, "sliding_window", _ANY_LENGTH)) for layer in cache.layers), default=0)
 
+    def batches(self, lengths: Sequence[int], positions: int = BATCH_POSITIONS) -> list[list[int]]:
+        """`batches` of rows that this model may read together."""
+        return batches(lengths, positions, equal=not self.shareable)
+
     def read(self, pieces: Sequence[Sequence[int]], past: Past | None = None, *, keep: int) -> tuple[torch.Tensor, Past]:
         """Read one more piece in every row: logits [B, >= keep, V] up to the last position, and the past with the pieces in it.
 
@@ -79,11 +87,11 @@ class CachedModel:
         device = self._model.device
         ids = torch.tensor([[self._pad] * (width - len(piece)) + list(piece) for piece in pieces], device=device)
         mask = torch.tensor([[0] * (width - len(piece)) + [1] * len(piece) for piece in pieces], device=device)
-        return self._call(ids, mask, past, keep)
+        return self._call(ids, mask, past, keep, padded=min(len(piece) for piece in pieces) < width)
 
     def step(self, ids: torch.Tensor, past: Past) -> tuple[torch.Tensor, Past]:
         """Read one more id [B] in every row: logits [B, 1, V], and the past."""
-        return self._call(ids[:, None], past.mask.new_ones(len(ids), 1), past, 1)
+        return self._call(ids[:, None], past.mask.new_ones(len(ids), 1), past, 1, padded=False)
 
     def shared(self, beginnings: Sequence[list[int]], longest: int) -> tuple[int, Past | None]:
         """(length of what all beginnings begin with, its past in one row) where reading that once is worth a pass, else (0, None).
@@ -97,18 +105,23 @@ class CachedModel:
             return 0, None
         return count, self.read([beginnings[0][:count]], keep=1)[1]
 
-    def _call(self, ids: torch.Tensor, mask: torch.Tensor, past: Past | None, keep: int) -> tuple[torch.Tensor, Past]:
+    def _call(self, ids: torch.Tensor, mask: torch.Tensor, past: Past | None, keep: int, *, padded: bool) -> tuple[torch.Tensor, Past]:
         import torch
 
+        options: dict[str, Any] = {self._cache: None}
         if past is not None:
-            mask = torch.cat([past.mask, mask], dim=1)
-        options: dict[str, Any] = {self._cache: None if past is None else past.cache}
-        if self._counts_positions:
-            options["position_ids"] = (mask.cumsum(dim=1) - 1)[:, -ids.shape[1] :].clamp(min=0)
+            mask, padded = torch.cat([past.mask, mask], dim=1), padded or past.padded
+            options[self._cache] = past.cache
+        if padded:  # without pads every class counts positions right by itself, and some allow no mask beside a cache
+            options["attention_mask"] = mask
+            if self._counts_positions:
+                options["position_ids"] = (mask.cumsum(dim=1) - 1)[:, -ids.shape[1] :].clamp(min=0)
         if self._can_keep:
             options["logits_to_keep"] = keep
-        output = self._model(input_ids=ids, attention_mask=mask, use_cache=True, **options)
-        return output.logits, Past(getattr(output, self._cache), mask)
+        output = self._model(input_ids=ids, use_cache=True, **options)
+        if not hasattr(output, self._cache):
+            raise CheckpointError(f"{type(self._model).__name__}: hands out no cache, so it cannot continue text here. Use another model.")
+        return output.logits, Past(getattr(output, self._cache), mask, padded)
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -116,16 +129,17 @@ def common_length(first: Sequence[int], second: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
 
 
-def batches(lengths: Sequence[int], positions: int = BATCH_POSITIONS) -> list[list[int]]:
+def batches(lengths: Sequence[int], positions: int = BATCH_POSITIONS, *, equal: bool = False) -> list[list[int]]:
     """Places of rows, long ones first, in batches of similar length that hold at most `positions` (a longer row is alone).
 
-    A function of the lengths alone.
+    A function of the lengths alone. With `equal` all rows of a batch have the same length.
     """
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     found: list[list[int]] = []
     for place in order:
         longest = lengths[found[-1][0]] if found else 0
-        if not found or len(found[-1]) >= MAX_ROWS or (len(found[-1]) + 1) * longest > positions:
+        full = not found or len(found[-1]) >= MAX_ROWS or (len(found[-1]) + 1) * longest > positions
+        if full or (equal and lengths[place] != longest):
             found.append([])
         found[-1].append(place)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from modelglue.models.cached import CachedModel, Past, batches
+from modelglue.models.cached import CachedModel, Past
 
 #: rows that have ended are taken out of a running batch when they are at least this share of it
 _ENDED_SHARE = 0.25
@@ -57,7 +57,7 @@ def continue_rows(
     """
     lengths = [len(row) + steps for row in rows]
     shared, past = reader.shared([row[:-1] for row in rows], max(lengths, default=0))
-    for places in batches(lengths):
+    for places in reader.batches(lengths):
         before = None if past is None else past.rows([0] * len(places))
         yield from zip(places, _continue(reader, [rows[place][shared:] for place in places], before, steps, ends, stops), strict=True)
 

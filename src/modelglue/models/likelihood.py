@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from modelglue.models.cached import BATCH_POSITIONS, CachedModel, Past, batches
+from modelglue.models.cached import BATCH_POSITIONS, CachedModel, Past
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ def score_rows(reader: CachedModel, rows: Sequence[Row], vocabulary: int) -> lis
     stems = _stems(rows, share=longest <= reader.shareable)
     shared, past = reader.shared([stem.ids[: rows[stem.places[0]].start - 1] for stem in stems], longest)
     positions = min(BATCH_POSITIONS, _LOGIT_ELEMENTS // vocabulary)
-    for batch in batches([len(stem.ids) for stem in stems], positions):
+    for batch in reader.batches([len(stem.ids) for stem in stems], positions):
         chosen = [stems[number] for number in batch]
         heads = [
             (i, place, rows[place].ids[rows[place].start : len(stem.ids) + 1]) for i, stem in enumerate(chosen) for place in stem.places
@@ -55,7 +55,7 @@ def score_rows(reader: CachedModel, rows: Sequence[Row], vocabulary: int) -> lis
         logits, after = reader.read([stem.ids[shared:] for stem in chosen], before, keep=_longest(heads))
         tally.add(logits, heads)
         tails = [(number, place) for number, place, head in heads if rows[place].start + len(head) < len(rows[place].ids)]
-        for part in batches([len(rows[place].ids) for _, place in tails], positions):
+        for part in reader.batches([len(rows[place].ids) for _, place in tails], positions):
             _score_tails(reader, [tails[i] for i in part], rows, after, tally)
     return list(zip(tally.totals, tally.greedy, strict=True))
 

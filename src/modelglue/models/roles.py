@@ -61,13 +61,13 @@ def roles_of_model(model: Any) -> Roles:
     head = model.get_output_embeddings()
     paths = {id(module): path for path, module in model.named_modules()}
     beside = dict(model.get_submodule(parents).named_children()) if parents else dict(model.named_children())
-    norms = [f"{parents}.{name}".lstrip(".") for name, module in beside.items() if "norm" in type(module).__name__.lower()]
+    norms = [f"{parents}.{name}".lstrip(".") for name, module in beside.items() if _is_norm(module)]
     return Roles(
         embedding=paths[id(embedding)],
         layers=layers,
         count=len(blocks),
-        attention=tuple(name for name, module in inside.items() if _ATTENTION.search(name) and not _is_norm(module)),
-        feed_forward=tuple(name for name, module in inside.items() if _FEED_FORWARD.search(name) and not _is_norm(module)),
+        attention=tuple(name for name, module in inside.items() if _ATTENTION.search(name) and _has_weights(module)),
+        feed_forward=tuple(name for name, module in inside.items() if _FEED_FORWARD.search(name) and _has_weights(module)),
         norms=tuple(name for name, module in inside.items() if _is_norm(module)),
         final_norm=norms[-1] if norms else None,
         head=paths.get(id(head)) if head is not None else None,
@@ -88,3 +88,8 @@ def decoder_layers(model: Any) -> tuple[str, Any]:
 
 def _is_norm(module: Any) -> bool:
     return "norm" in type(module).__name__.lower()
+
+
+def _has_weights(module: Any) -> bool:
+    """A dropout has a telling name too, but nothing that a role could be asked for; a norm has a role of its own."""
+    return not _is_norm(module) and any(True for _ in module.parameters())

@@ -10,11 +10,14 @@ from typing import Any
 from modelglue.checkpoint import Checkpoint, json_bytes
 from modelglue.errors import CheckpointError
 
+#: a tokenizer has at least one of these
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The transformers tokenizer made of the checkpoint's files. Never runs code from them, never asks the network.
 
-    Raises CheckpointError when there is none.
+    Raises CheckpointError when there is none, or when it is damaged.
     """
     from transformers import AutoTokenizer
 
@@ -29,10 +32,18 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         return _load(AutoTokenizer, Path(name), checkpoint)
 
 
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether a tokenizer came with the checkpoint; says nothing about whether it is a sound one."""
+    return any(name in checkpoint.files for name in _VOCABULARIES)
+
+
 def _load(auto: Any, folder: Path, checkpoint: Checkpoint) -> Any:
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")):
-        raise CheckpointError(f"{checkpoint!r}: has no tokenizer (tokenizer.json or tokenizer.model); text cannot be scored with it.")
+    if not has_tokenizer(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint!r}: has no tokenizer (tokenizer.json or tokenizer.model), so it can read no text. "
+            "Put the tokenizer's files into its folder."
+        )
     try:
         return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint!r}: its tokenizer cannot be loaded: {error}") from error
+    except Exception as error:  # foreign files go through foreign code, whose errors are of the plainest kind
+        raise CheckpointError(f"{checkpoint!r}: its tokenizer cannot be loaded: {error}. Restore the tokenizer's files.") from error
