@@ -32,5 +32,6 @@ def tiny_zoo() -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests neither read nor leave remembered hashes in the user's cache."""
+    """Tests neither read nor leave remembered hashes, or converted data, in the user's cache."""
     os.environ["MODELGLUE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))

@@ -2,9 +2,10 @@
 
 from modelglue.evaluation.candidates import CandidateEvaluator, ResidentModel
 from modelglue.evaluation.evaluate import evaluate
+from modelglue.evaluation.items import Item
 from modelglue.evaluation.scoring import score_text_model
 from modelglue.evaluation.store import ScoreStore
-from modelglue.evaluation.tasks import Item, TaskSet, leak_check
+from modelglue.evaluation.tasks import TaskSet, leak_check
 
 __all__ = [
     "CandidateEvaluator",

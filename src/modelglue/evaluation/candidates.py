@@ -47,8 +47,8 @@ class ResidentModel:
 class CandidateEvaluator:
     """Scores candidates over the members `checkpoints` on one task set; an `Evaluator` for every search.
 
-    `store_dtype` is what merges are stored in (default: as the first member is stored); a candidate is scored with the rounding that its saved
-    form would have. Evaluators of several task sets may share one `resident` model.
+    `store_dtype` is what merges are stored in (default: as the first member is stored); a candidate is scored with the rounding that its
+    saved form would have. Evaluators of several task sets may share one `resident` model.
     """
 
     def __init__(

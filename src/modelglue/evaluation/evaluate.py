@@ -24,9 +24,9 @@ def evaluate(
 ) -> Scores:
     """Score a model (reference, path, or expression) on lm-evaluation-harness tasks.
 
-    `tasks` are task names (`name` or `name:metric`), `include` is a folder with task YAML files of your own. With a `store` (a file) everything
-    is remembered item by item under the model's content, and a second call scores nothing. Raises CheckpointError for the model, UserError for
-    tasks. Memory: the model in float32 and one batch.
+    `tasks` are task names (`name` or `name:metric`), `include` is a folder with task YAML files of your own. With a `store` (a file)
+    everything is remembered item by item under the model's content, and a second call scores nothing. Raises CheckpointError for the model,
+    UserError for tasks. Memory: the model in float32 and one batch.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     task_set = tasks if isinstance(tasks, TaskSet) else TaskSet.load(tasks, Path(include) if include is not None else None)

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from modelglue.evaluation.items import Item, Request
 from modelglue.evaluation.store import ScoreStore
-from modelglue.evaluation.tasks import Item, TaskSet
+from modelglue.evaluation.tasks import TaskSet
 from modelglue.recipe import Scores
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ def score_text_model(
 ) -> Scores:
     """Scores of `model` (or of what the function `model` returns, called only if something is missing) on every item of `tasks`.
 
-    `identity` must change whenever an answer of the model could: it is the key of the store. Batches are a function of the task set alone, so
-    a resumed run batches as an undisturbed one. An item whose log probabilities are NaN counts as 0 and is named in a warning.
+    `identity` must change whenever an answer of the model could: it is the key of the store. Batches are a function of the task set alone,
+    so a resumed run batches as an undisturbed one. Items whose log probabilities are NaN count as 0 and are counted in a warning.
     Time: one pass over the items that the store does not have. Memory: the model and one batch.
     """
     live: TextModel | None = None
@@ -41,7 +42,7 @@ def score_text_model(
     for skill, items in tasks.skills.items():
         known = store.known(identity, [item.key for item in items])
         for start in range(0, len(items), BATCH_ITEMS):
-            missing = [item for item in items[start : start + BATCH_ITEMS] if item.key not in known]
+            missing = list({item.key: item for item in items[start : start + BATCH_ITEMS] if item.key not in known}.values())
             if not missing:
                 continue
             if live is None:
@@ -64,14 +65,18 @@ def answer(model: TextModel, items: Sequence[Item]) -> list[float]:
     places = [(row, column) for row, item in enumerate(items) for column in range(len(item.requests))]
     pairs = [(row, column) for row, column in places if items[row].requests[column].generation is None]
     if pairs:
-        found = model.loglikelihood([items[row].requests[column].texts for row, column in pairs])
+        found = model.loglikelihood([_pair(items[row].requests[column]) for row, column in pairs])
         for (row, column), reply in zip(pairs, found, strict=True):
             replies[row][column] = reply
     settings = dict.fromkeys(request.generation for item in items for request in item.requests if request.generation is not None)
     for setting in settings:
         group = [(row, column) for row, column in places if items[row].requests[column].generation == setting]
-        prompts = [items[row].requests[column].texts[0] for row, column in group]
+        prompts = [items[row].requests[column].context for row, column in group]
         written = model.generate(prompts, until=setting.until, max_new_tokens=setting.max_new_tokens)
         for (row, column), text in zip(group, written, strict=True):
             replies[row][column] = text
     return [item.mark(reply) for item, reply in zip(items, replies, strict=True)]
+
+
+def _pair(request: Request) -> tuple[str, str]:
+    return request.context, request.continuation

@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import math
 import sqlite3
+import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from modelglue.errors import RunError, UserError
+from modelglue.errors import ModelGlueError, RunError, UserError
 
-_SCHEMA = """
+#: name this format ("mgsc") and its version; SQLite keeps both in the file's header
+_MARK = 0x6D677363
+_VERSION = 1
+_SCHEMA = f"""
+BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS models (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, description TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS scores (
     model INTEGER NOT NULL REFERENCES models (id), item TEXT NOT NULL, value REAL, PRIMARY KEY (model, item)
 ) WITHOUT ROWID;
+PRAGMA application_id = {_MARK};
+PRAGMA user_version = {_VERSION};
+COMMIT;
 """
-#: names the schema; SQLite keeps it in the file's header
-_VERSION = 1
+_HEADER = ("SELECT count(*) FROM sqlite_master", "PRAGMA application_id", "PRAGMA user_version")
 #: seconds to wait for another process that is committing
 _PATIENCE = 60.0
 
@@ -30,23 +37,47 @@ _PATIENCE = 60.0
 class ScoreStore:
     """Scores in one SQLite file; use it as a context manager.
 
-    Raises UserError for a file that is no store or cannot be opened, RunError when the disk is full.
+    Raises UserError for a file that is no store or cannot be opened (such a file is not touched), RunError when the disk is full.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
             self._connection = sqlite3.connect(self.path, timeout=_PATIENCE)
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = NORMAL")
-            found = self._connection.execute("PRAGMA user_version").fetchone()[0]
-            if found not in (0, _VERSION):
-                raise UserError(f"{self.path}: is a store of version {found}, this modelglue reads version {_VERSION}. Use another file.")
-            with self._connection:
-                self._connection.executescript(_SCHEMA)
-                self._connection.execute(f"PRAGMA user_version = {_VERSION}")
         except sqlite3.Error as error:
-            raise UserError(f"{self.path}: cannot be used as a store of scores ({error}). Remove it, or choose another file.") from error
+            raise self._unusable(error) from error
+        try:
+            self._open()
+        except BaseException as error:
+            self._connection.close()
+            if isinstance(error, sqlite3.Error):
+                raise self._unusable(error) from error
+            raise
+
+    def _open(self) -> None:
+        with self._connection:
+            self._connection.execute("BEGIN")  # all three are read from one state of the file
+            tables, mark, version = (self._connection.execute(query).fetchone()[0] for query in _HEADER)
+        if tables and mark != _MARK:
+            raise UserError(f"{self.path}: is a database of something else, not a store of scores. Choose another file.")
+        if tables and version != _VERSION:
+            raise UserError(f"{self.path}: is a store of version {version}, this modelglue reads version {_VERSION}. Choose another file.")
+        self._write_ahead()
+        self._connection.execute("PRAGMA synchronous = NORMAL")
+        if not tables:
+            self._connection.executescript(_SCHEMA)
+
+    def _write_ahead(self) -> None:
+        """Readers and one writer at a time, without blocking each other. SQLite waits everywhere but at this switch, so we do."""
+        end = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
 
     def __enter__(self) -> ScoreStore:
         return self
@@ -60,9 +91,8 @@ class ScoreStore:
     def known(self, model: str, items: Sequence[str]) -> dict[str, float]:
         """Values of those of `items` that have been scored for `model`; NaN where the model answered NaN."""
         wanted = set(items)
-        query = "SELECT item, value FROM scores JOIN models ON models.id = scores.model WHERE models.key = ?"
-        with closing(self._connection.execute(query, (model,))) as rows:
-            return {item: math.nan if value is None else value for item, value in rows if item in wanted}
+        rows = self._rows("SELECT item, value FROM scores JOIN models ON models.id = scores.model WHERE models.key = ?", model)
+        return {item: math.nan if value is None else value for item, value in rows if item in wanted}
 
     def add(self, model: str, description: str, values: Mapping[str, float]) -> None:
         """Commit the values of one batch, all or none. A value that is there already stays."""
@@ -73,10 +103,29 @@ class ScoreStore:
                 rows = [(number, item, None if math.isnan(value) else value) for item, value in values.items()]
                 self._connection.executemany("INSERT OR IGNORE INTO scores (model, item, value) VALUES (?, ?, ?)", rows)
         except sqlite3.Error as error:
-            raise RunError(f"{self.path}: scores cannot be written ({error}). Free some space and run it again.") from error
+            remedy = "Wait for the process that holds it" if _code(error) == sqlite3.SQLITE_BUSY else "Free some space"
+            raise RunError(
+                f"{self.path}: scores cannot be written ({error}). {remedy} and run it again; what was scored is kept."
+            ) from error
 
     def counts(self) -> tuple[int, int]:
         """(models, item scores) in the store."""
-        models = self._connection.execute("SELECT count(*) FROM models").fetchone()[0]
-        items = self._connection.execute("SELECT count(*) FROM scores").fetchone()[0]
+        ((models, items),) = self._rows("SELECT (SELECT count(*) FROM models), (SELECT count(*) FROM scores)")
         return int(models), int(items)
+
+    def _rows(self, query: str, *values: str) -> list[Any]:
+        try:
+            return self._connection.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: sqlite3.Error) -> ModelGlueError:
+        if _code(error) == sqlite3.SQLITE_FULL:
+            return RunError(f"{self.path}: the disk is full ({error}). Free some space and run it again.")
+        return UserError(f"{self.path}: cannot be used as a store of scores ({error}). Choose another file, in a folder you may write to.")
+
+
+def _code(error: sqlite3.Error) -> int | None:
+    """SQLite's primary result code."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
