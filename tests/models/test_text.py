@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -210,6 +211,8 @@ def test_large_vocabularies_are_scored_in_pieces(monkeypatch: pytest.MonkeyPatch
 def test_generation_is_that_of_transformers_row_by_row(name: str, worth_sharing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cached, "_WORTH_SHARING", worth_sharing)
     model, tokenizer = random_model(name, seed=3), letters()
+    if "cache_params" in inspect.signature(model.forward).parameters:
+        pytest.skip("the first releases of transformers 5 want positions counted by hand beside such a cache")
     # An end that these models do write: of a list of ids, each counts.
     model.generation_config.eos_token_id = [2, 40]
     expected = []

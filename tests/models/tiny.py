@@ -90,15 +90,15 @@ def bigram_model(follows: dict[str, str], tokenizer: PreTrainedTokenizerFast, **
     Attention and feed-forward add nothing, embeddings are unit vectors, and the head maps every one to its successor.
     """
     size = len(tokenizer) + len(tokenizer) % 2  # rotary embeddings need an even width
-    model = random_model(
-        "llama", vocab_size=size, hidden_size=size, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1, **changes
-    )
+    shape = {"vocab_size": size, "hidden_size": size, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    model = random_model("llama", **{**shape, **changes})
     head = torch.zeros(size, size)
     for token, number in tokenizer.get_vocab().items():
         head[tokenizer.convert_tokens_to_ids(follows.get(token, "</s>")), number] = 1.0
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(torch.eye(size))
         model.lm_head.weight.copy_(head)
-        model.model.layers[0].self_attn.o_proj.weight.zero_()
-        model.model.layers[0].mlp.down_proj.weight.zero_()
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
     return model

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 _HIGH_CONDITION = 5.0
+#: stands for infinity, which JSON does not have
+_NO_CONDITION = 1e9
 _HIGH_LOAD = 0.9
 
 
@@ -69,9 +71,10 @@ def self_test(reader: Reader, experts: Sequence[ExpertSpec], gate: torch.Tensor,
     for own, rows in enumerate(logits):
         for row in rows.tolist():
             confusion[own][winner(row)] += 1
-    condition = float(torch.linalg.cond(gate.double()))
+    condition = min(float(torch.linalg.cond(gate.double())), _NO_CONDITION)
+    opposite = len(experts) == 2 and float(gate[0] @ gate[1]) < 0  # rows that point apart are no trouble, however dependent
     warnings = []
-    if condition > _HIGH_CONDITION:
+    if condition > _HIGH_CONDITION and not opposite:
         warnings.append(f"the gate's condition number is {condition:.1f} (over {_HIGH_CONDITION:g}): the prompts are too alike.")
     for own, row in enumerate(confusion):
         if row[own] < sum(row):

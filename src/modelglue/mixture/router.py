@@ -8,9 +8,9 @@ that equal inputs give equal bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelglue.errors import UserError
 from modelglue.mixture.spec import ExpertSpec, RouterSpec
@@ -18,6 +18,9 @@ from modelglue.models import batches, decoder_layers, inference
 
 if TYPE_CHECKING:
     import torch
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 #: pooled vectors shorter than this cannot be told from nothing
 _NO_LENGTH = 1e-8
@@ -166,7 +169,7 @@ def _unit(vector: torch.Tensor) -> torch.Tensor:
 
 
 def build_gate(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec) -> tuple[torch.Tensor, str]:
-    """The gate [experts, d] in float32, and the mode that made it (`auto` chooses between two).
+    """The gate [experts, d] in float32, and the mode that made it (`auto` chooses between two, of those that give one).
 
     Raises UserError for experts without prompts, with equal prompts, or whose negative prompts cancel the positive ones.
     """
@@ -176,30 +179,46 @@ def build_gate(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec
     with single_thread():
         if router.gate_mode != "auto":
             return _build(reader, experts, router, router.gate_mode), router.gate_mode
-        candidates = {mode: _build(reader, experts, router, mode) for mode in ("hidden", "hidden_avg")}
+        candidates = _those_that_work(("hidden", "hidden_avg"), lambda mode: _build(reader, experts, router, mode))
         best = max(candidates, key=lambda mode: worst_margin(prompt_logits(reader, experts, candidates[mode], router.route_span)))
         return candidates[best], best
+
+
+def _those_that_work(choices: Iterable[K], make: Callable[[K], V]) -> dict[K, V]:
+    """What `make` makes of each choice, without those that it refuses; when it refuses all, the last UserError."""
+    made: dict[K, V] = {}
+    refusal: UserError | None = None
+    for choice in choices:
+        try:
+            made[choice] = make(choice)
+        except UserError as error:
+            refusal = error
+    if refusal is not None and not made:
+        raise refusal
+    return made
 
 
 def best_layer(model: Any, tokenizer: Any, experts: Sequence[ExpertSpec], router: RouterSpec) -> int:
     """The layer of the encoder at which the router knows its prompts best: what `router_layer: auto` means.
 
-    At every layer a gate is built and its self-test taken; the largest share of prompts that reach their own expert wins (every expert
-    counts alike), then the largest worst-case margin, then the lower layer. Random gates have nothing to test: 0. Cost: about layers / 2
-    passes of all prompts through the encoder.
+    At every layer a gate is built, where its prompts allow one, and its self-test taken; the largest share of prompts that reach their
+    own expert wins (every expert counts alike), then the largest worst-case margin, then the lower layer. Random gates have nothing to
+    test: 0. Cost: about layers / 2 passes of all prompts through the encoder.
     """
     from modelglue.checkpoint.workers import single_thread
 
     if router.gate_mode in _WITHOUT_PROMPTS:
         return 0
-    found: list[tuple[float, float, int]] = []
+
+    def known(layer: int) -> tuple[float, float, int]:
+        reader = Reader(model, tokenizer, layer)
+        gate, _ = build_gate(reader, experts, replace(router, router_layer=layer))
+        logits = prompt_logits(reader, experts, gate, router.route_span)
+        return own_share(logits), worst_margin(logits), -layer
+
     with single_thread():
-        for layer in range(len(decoder_layers(model)[1])):
-            reader = Reader(model, tokenizer, layer)
-            gate, _ = build_gate(reader, experts, replace(router, router_layer=layer))
-            logits = prompt_logits(reader, experts, gate, router.route_span)
-            found.append((own_share(logits), worst_margin(logits), -layer))
-    return -max(found)[2]
+        found = _those_that_work(range(len(decoder_layers(model)[1])), known)
+    return max(found, key=found.__getitem__)
 
 
 def _build(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec, mode: str) -> torch.Tensor:
