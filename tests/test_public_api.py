@@ -39,6 +39,7 @@ OPTIONS = {
     "inspect": "--model --identity --json",
     "similarity": "MODELS --zoo --mode --scope --base --threshold --linkage --out --overwrite --json --quiet",
     "eval": "MODELS --tasks --include --store --json --quiet",
+    "generate": "--model PROMPTS --max-new-tokens --until --json --quiet",
     "report": "--run --json --quiet",
 }
 
@@ -131,8 +132,8 @@ def test_flags_have_one_spelling(command: str) -> None:
             assert argument.parameter.negative == (), argument.names
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("generate",)])
-def test_commands_that_compute_have_machine_readable_output(command: str) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_have_machine_readable_output(command: str) -> None:
     assert "--json" in OPTIONS[command].split()
 
 

@@ -34,7 +34,7 @@ COMMANDS = {
     "inspect": ("modelglue.cli.inspect:inspect", "Show a model's tensors, layers, dtypes and sizes."),
     "similarity": ("modelglue.cli.similarity:similarity", "Compare the weights of models and find the families."),
     "eval": ("modelglue.cli.eval:evaluate", "Score models on lm-evaluation-harness tasks."),
-    "generate": ("modelglue.cli.generate:generate", "Text in, text out, from a model or a mixture."),
+    "generate": ("modelglue.cli.generate:generate", "Continue prompts, greedily, and print the continuations."),
     "report": ("modelglue.cli.report:report", "Write the HTML report of a run."),
 }
 for _name, (_path, _help) in COMMANDS.items():

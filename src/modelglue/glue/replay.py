@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
-from modelglue.checkpoint import save, write_bytes_atomic
+from modelglue.checkpoint import save, write_bytes_atomic, yaml_text
 from modelglue.glue.run_folder import RunFolder, open_run
 from modelglue.mixture import ExpertSpec, Manifest, RouterSpec, write_mixture
 from modelglue.recipe import Document, Recipe, build, canonical, read_recipe
@@ -116,7 +115,7 @@ def write_replay(
             "outcome": dict(outcome),
         },
     }
-    write_bytes_atomic(run.path(RECIPE), yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode())
+    write_bytes_atomic(run.path(RECIPE), yaml_text(value).encode())
 
 
 def rebuild(replay: Replay, folder: Path, root: Path, *, overwrite: bool, workers: int | None) -> dict[str, Any]:
