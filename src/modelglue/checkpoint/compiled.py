@@ -257,7 +257,7 @@ def _compile_one(function: str, shape: Any, path: Path) -> None:
     program = torch.export.export(Program(), example, dynamic_shapes={"arguments": dynamic})
     partial = path.with_suffix(f".{os.getpid()}.partial.so")
     folder = tempfile.mkdtemp()
-    built = torch._inductor.aot_compile(  # type: ignore[attr-defined]
+    built = torch._inductor.aot_compile(
         program.module(),
         example,
         # one thread: the workers are the parallelism

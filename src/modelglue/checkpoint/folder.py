@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from modelglue.checkpoint.header import Entry, read_header
+from modelglue.checkpoint.header import MAX_HEADER_BYTES, Entry, is_text, parse_object, read_header, shown
 from modelglue.checkpoint.identity import content_identity
 from modelglue.checkpoint.protocol import Checkpoint, TensorInfo
 from modelglue.checkpoint.tensors import torch_dtype
@@ -28,7 +28,11 @@ SIDE_FILES = (
 )  # fmt: skip
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+#: the list of shards, which the hub and transformers look for under this name
+INDEX = "model.safetensors.index.json"
+#: in the hub's cache a model is <repository>/snapshots/<revision>, and its files are links to <repository>/blobs
 _SHARED_BLOBS = "blobs"
+_LONGEST_NAME = 255
 #: bytes that may be read from a shard before its pages are let go; they count as private memory while one process maps them
 _MAPPED_BYTES = 2**25
 #: what reading a few bytes may map: the kernel maps the whole block of the page cache that they stand in
@@ -51,7 +55,7 @@ class SafetensorsCheckpoint(Checkpoint):
             for name, entry in read_header(shard).items():
                 if name in self._where:
                     other = self._shards[self._where[name][0]]
-                    raise CheckpointError(f"{shard}: tensor '{name}' stands in {other.name} as well. Remove one of the shards.")
+                    raise CheckpointError(f"{shard}: tensor {shown(name)} stands in {other.name} as well. Remove one of the shards.")
                 self._where[name] = (number, entry)
         _check_index(path, self._shards, {name: self._shards[number].name for name, (number, _) in self._where.items()})
         self._names = tuple(sorted(self._where))
@@ -95,36 +99,37 @@ class SafetensorsCheckpoint(Checkpoint):
         return view if out is None else out.copy_(view)
 
     @cached_property
-    def config(self) -> Mapping[str, Any]:  # type: ignore[override]
+    def config(self) -> Mapping[str, Any]:
         path = self._path / "config.json"
         if not self._path.is_dir() or not path.is_file():
             return {}
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: is not valid JSON ({error}). Restore the model's config.") from error
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{path}: holds {type(value).__name__}, allowed is a JSON object.")
+        remedy = "Restore the model's config."
+        value = _read_object(path, remedy, unique=False)
+        if not is_text(json.dumps(value, ensure_ascii=False)):
+            raise CheckpointError(f"{path}: holds an escape that is half a character, which cannot be written again. {remedy}")
         return value
 
     @cached_property
-    def files(self) -> Mapping[str, Path]:  # type: ignore[override]
+    def files(self) -> Mapping[str, Path]:
         if not self._path.is_dir():
             return {}
         return {name: self._path / name for name in SIDE_FILES if (self._path / name).is_file()}
 
     @cached_property
-    def identity(self) -> str:  # type: ignore[override]
+    def identity(self) -> str:
         return content_identity(self, self.stamp)
 
     @cached_property
-    def stamp(self) -> str:  # type: ignore[override]
+    def stamp(self) -> str:
         paths = [*self._shards, *self.files.values()]
         if (self._path / "config.json").is_file():
             paths.append(self._path / "config.json")
         lines = []
         for path in paths:
-            status = path.stat()
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror}), though it was there before.") from error
             lines.append(f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -149,9 +154,14 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _map(self, number: int) -> mmap.mmap:
         if number not in self._maps:
-            with self._shards[number].open("rb") as stream:
+            shard = self._shards[number]
+            with shard.open("rb") as stream:
                 # A private mapping: torch wants a writable buffer, and a stray write could never reach the file.
-                self._maps[number] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+                mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            needed = max(entry.end for where, entry in self._where.values() if where == number)
+            if len(mapping) < needed:
+                raise CheckpointError(f"{shard}: has become shorter since it was opened. Leave it alone until the run is over.")
+            self._maps[number] = mapping
         return self._maps[number]
 
 
@@ -160,27 +170,32 @@ def _find_shards(path: Path) -> list[Path]:
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path}: is not a .safetensors file. Give a model folder or a .safetensors file.")
         return [path]
-    index = path / "model.safetensors.index.json"
+    index, single = path / INDEX, path / "model.safetensors"
     if index.is_file():
-        return [_inside(path, name, index) for name in sorted(set(_weight_map(index).values()))]
-    found = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_"))
-    if (path / "model.safetensors") in found:
-        return [path / "model.safetensors"]
+        names = sorted(set(_weight_map(index).values()))
+        if single.name not in names and single.is_file():
+            raise CheckpointError(f"{path}: holds {single.name} and an index of other shards: two models. Remove one of them.")
+        return [_inside(path, name, index) for name in names]
+    found = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_") and file.is_file())
+    if single in found:
+        return [single]
     if not found:
         raise _no_weights(path)
     numbered = [_SHARD.fullmatch(file.name) for file in found]
     if len(found) == 1 and numbered[0] is None:
         return found
-    if any(match is None for match in numbered):
+    if any(match is None for match in numbered) or len({(match["stem"], match["total"]) for match in numbered if match}) != 1:
         raise CheckpointError(
             f"{path}: holds several .safetensors files and no index: {', '.join(file.name for file in found)}. "
-            "Keep one model per folder, or add model.safetensors.index.json."
+            f"Keep one model per folder, or add {INDEX}."
         )
-    total = {int(match["total"]) for match in numbered if match}
+    total = max(int(match["total"]) for match in numbered if match)
     present = {int(match["number"]) for match in numbered if match}
-    if len(total) != 1 or present != set(range(1, max(total) + 1)):
-        missing = sorted(set(range(1, max(total) + 1)) - present)
-        raise CheckpointError(f"{path}: shard {missing} of {max(total)} is missing. Fetch the model again.")
+    if present != set(range(1, total + 1)):
+        missing = sorted(set(range(1, total + 1)) - present)
+        few = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        fault = f"shard {few} of {total} is missing" if missing else f"shard {max(present)} of {total} is one too many"
+        raise CheckpointError(f"{path}: {fault}. Fetch the model again.")
     return found
 
 
@@ -196,41 +211,51 @@ def _no_weights(path: Path) -> CheckpointError:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index}: is not an index with a weight_map ({error!r}). Fetch the model again.") from error
+    remedy = "Fetch the model again."
+    weight_map = _read_object(index, remedy).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has an empty or malformed weight_map. Fetch the model again.")
+        raise CheckpointError(f"{index}: has no weight_map, or an empty or malformed one. {remedy}")
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise CheckpointError(f"{index}: tensor '{name}' points to {file!r}, allowed is a file name. Fetch the model again.")
+            raise CheckpointError(f"{index}: tensor {shown(name)} points to {shown(file)}, allowed is a file name. {remedy}")
     return weight_map
+
+
+def _read_object(path: Path, remedy: str, *, unique: bool = True) -> dict[str, Any]:
+    try:
+        size = path.stat().st_size
+        if size > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: is {size:,} bytes long, allowed are {MAX_HEADER_BYTES:,}. {remedy}")
+        return parse_object(path.read_bytes(), unique=unique)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not valid: {error}. {remedy}") from error
 
 
 def _inside(folder: Path, name: str, index: Path) -> Path:
     """The shard `name` of `folder`; no index may lead out of its folder (the hub cache's links to its blobs may)."""
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
-        raise CheckpointError(f"{index}: names the shard '{name}', which is not a .safetensors file of this folder.")
+    plain = PurePosixPath(name).name == name and "\\" not in name and "\0" not in name and is_text(name)
+    if not plain or not name.endswith(".safetensors") or len(name.encode()) > _LONGEST_NAME:
+        raise CheckpointError(f"{index}: names the shard {shown(name)}, which is not a .safetensors file of this folder.")
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"{index}: names the shard '{name}', which does not exist. Fetch the model again.")
-    real = path.resolve()
-    if not real.is_relative_to(folder.resolve()) and real.parent.name != _SHARED_BLOBS:
+    real, home = path.resolve(), folder.resolve()
+    if not real.is_relative_to(home) and real.parent != (home.parent.parent / _SHARED_BLOBS).resolve():
         raise CheckpointError(f"{index}: the shard '{name}' is a link that leaves the folder, to {real}.")
     return path
 
 
 def _check_index(path: Path, shards: Sequence[Path], found: Mapping[str, str]) -> None:
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX
     if not path.is_dir() or not index.is_file():
         return
     claimed = _weight_map(index)
     for name, file in claimed.items():
         if found.get(name) != file:
             place = f"stands in {found[name]}" if name in found else "stands in no shard"
-            raise CheckpointError(f"{index}: tensor '{name}' should stand in {file}, but {place}. Fetch the model again.")
+            raise CheckpointError(f"{index}: tensor {shown(name)} should stand in {file}, but {place}. Fetch the model again.")
     for name, file in found.items():
         if name not in claimed:
-            raise CheckpointError(f"{index}: does not list tensor '{name}' of {file}. Fetch the model again.")
+            raise CheckpointError(f"{index}: does not list tensor {shown(name)} of {file}. Fetch the model again.")

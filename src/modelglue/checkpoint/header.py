@@ -7,7 +7,7 @@ allocated on the header's word: every claim is compared with the size of the fil
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from modelglue.errors import CheckpointError
 
 #: the format's own limit on the header
 MAX_HEADER_BYTES = 100_000_000
+_LARGEST = 2**63
+#: characters of a found value that a message shows
+_SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,53 +47,86 @@ def read_header(path: Path) -> Mapping[str, Entry]:
             text = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from error
-    entries = {name: _entry(path, name, value, 8 + length, size) for name, value in _parse(path, text).items() if name != "__metadata__"}
+    if not text.startswith(b"{"):
+        raise _bad(path, "has a header that does not start with '{'")
+    try:
+        header = parse_object(text)
+    except ValueError as error:
+        raise _bad(path, f"has a header that is not valid: {error}") from error
+    _check_metadata(path, header.pop("__metadata__", None))
+    entries = {name: _entry(path, name, value, 8 + length, size) for name, value in header.items()}
     _check_coverage(path, entries, 8 + length, size)
     return entries
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    if not text.startswith(b"{"):
-        raise _bad(path, "has a header that does not start with '{'")
+def parse_object(text: bytes, *, unique: bool = True) -> dict[str, Any]:
+    """A JSON object that a stranger wrote. ValueError, with words for the message, if it is not UTF-8, not JSON, not an object,
+    nested too deeply, or if it is to be unique and a key stands twice in one object: two readers could see two different files.
+    """
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(path, pairs))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise _bad(path, f"has a header that is not valid JSON ({error})") from error
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique if unique else None)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
-        raise _bad(path, "has a header that is not a JSON object")
+        raise ValueError(f"it holds {type(value).__name__}, not a JSON object")
     return value
 
 
-def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _bad(path, f"names '{twice}' twice in its header")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"it names {shown(twice)} twice")
     return value
+
+
+def _check_metadata(path: Path, value: Any) -> None:
+    if value is not None and not (isinstance(value, dict) and all(isinstance(text, str) for text in value.values())):
+        raise _bad(path, "has a __metadata__ that is not an object of strings")
 
 
 def _entry(path: Path, name: str, value: Any, data_start: int, size: int) -> Entry:
+    if not is_text(name):
+        raise _bad(path, "has a name that is not Unicode text", name)
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _bad(path, "needs exactly dtype, shape and data_offsets", name)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
-        raise _bad(path, f"has dtype {dtype!r}; known are {', '.join(ITEM_SIZE)}", name)
+        known = ", ".join(ITEM_SIZE)
+        raise CheckpointError(
+            f"{path}: tensor {shown(name)} has dtype {shown(dtype)}; known are {known}. Convert the model to one of them."
+        )
     if not isinstance(shape, list) or not all(_is_count(n) for n in shape):
-        raise _bad(path, f"has shape {shape!r}; allowed is a list of whole numbers from 0", name)
+        raise _bad(path, f"has shape {shown(shape)}; allowed is a list of whole numbers from 0", name)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
-        raise _bad(path, f"has data_offsets {offsets!r}; allowed are two whole numbers", name)
+        raise _bad(path, f"has data_offsets {shown(offsets)}; allowed are two whole numbers", name)
     begin, end = offsets
     if begin > end or data_start + end > size:
         raise _bad(path, f"stands at bytes {begin:,} to {end:,}, but the file holds {size - data_start:,} bytes of data", name)
+    if not _is_product_small(shape):
+        raise _bad(path, f"has shape {shown(shape)}, which is more elements than can be counted", name)
     info = TensorInfo(tuple(shape), dtype)
     if info.nbytes != end - begin:
-        raise _bad(path, f"has shape {shape} in {dtype}, that is {info.nbytes:,} bytes, but its offsets span {end - begin:,}", name)
+        raise _bad(path, f"has shape {shown(shape)} in {dtype}, that is {info.nbytes:,} bytes, but its offsets span {end - begin:,}", name)
     return Entry(info, data_start + begin, data_start + end)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST
+
+
+def _is_product_small(shape: Sequence[int]) -> bool:
+    """Whether the sizes multiply to less than 2^63. Stops at the first overflow: the product of a long hostile list takes hours.
+
+    A zero does not excuse the others, because readers multiply from the left.
+    """
+    product = 1
+    for count in shape:
+        product *= count or 1
+        if product >= _LARGEST:
+            return False
+    return True
 
 
 def _check_coverage(path: Path, entries: Mapping[str, Entry], data_start: int, size: int) -> None:
@@ -106,6 +142,21 @@ def _check_coverage(path: Path, entries: Mapping[str, Entry], data_start: int, s
         raise _bad(path, f"ends with {size - position:,} bytes that belong to no tensor")
 
 
+def is_text(name: str) -> bool:
+    """Whether `name` can be written down: JSON escapes can spell halves of characters, which no file and no terminal takes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(value: Any) -> str:
+    """`value` as a message may show it: printable, and short whatever a hostile file holds."""
+    text = ascii(value) if isinstance(value, str) and not is_text(value) else repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 def _bad(path: Path, what: str, name: str | None = None) -> CheckpointError:
-    tensor = f"tensor '{name}' " if name is not None else ""
+    tensor = f"tensor {shown(name)} " if name is not None else ""
     return CheckpointError(f"{path}: {tensor}{what}. The file is damaged or hostile; fetch or write it again.")

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 #: elements hashed at a time
 _STEP = 2**22
 #: side files that change what a model computes or how it reads text
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 def content_identity(checkpoint: Checkpoint, stamp: str | None) -> str:

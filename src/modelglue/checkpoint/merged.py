@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from modelglue.checkpoint.protocol import FLOATING, Checkpoint, TensorInfo
 from modelglue.checkpoint.tensors import STORE_DTYPES, torch_dtype
 from modelglue.checkpoint.uniform import CounterHash, UniformSource
 from modelglue.checkpoint.workers import single_thread
-from modelglue.errors import MergeError
+from modelglue.errors import MergeError, RunError
 from modelglue.settings import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 Unit = Literal["element", "row", "matrix"]
 #: chunks of a survey are whole blocks, so that sums come out the same whatever the chunk of the merge
 SURVEY_ELEMENTS = max(CHUNK_ELEMENTS // BLOCK_ELEMENTS, 1) * BLOCK_ELEMENTS
-_LARGEST = {"F16": 65504.0}
+
+_SHORT = {short: long for long, short in STORE_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class MergedCheckpoint(Checkpoint):
         self._surveyed: tuple[str, list[Any]] | None = None  # the last tensor's survey
         self._model_survey: list[Any] | None = None
         self._compiled: Mapping[str, str] | None = None  # chunk functions that run compiled, found by `prepare`
-        self._spilled: tuple[str, list[Checkpoint]] | None = None
+        self._spilled: dict[str, list[Checkpoint]] = {}  # inputs of a surveyed tensor, the computed ones computed once
         self._whole: tuple[str, torch.Tensor] | None = None
         _check_same_tensors(self._donor, self._inputs(), self._method.id)
 
@@ -151,7 +153,7 @@ class MergedCheckpoint(Checkpoint):
         return f"MergedCheckpoint({self._method.id!r}, {self._labels!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_surveyed": None, "_spilled": None, "_whole": None}
+        return {**self.__dict__, "_surveyed": None, "_spilled": {}, "_whole": None}
 
     # -- what it is -----------------------------------------------------------------------------------------------------
 
@@ -163,12 +165,11 @@ class MergedCheckpoint(Checkpoint):
         return TensorInfo(info.shape, self._store) if self._store and info.dtype in FLOATING else info
 
     @cached_property
-    def config(self) -> Mapping[str, Any]:  # type: ignore[override]
+    def config(self) -> Mapping[str, Any]:
         """The donor's config with the dtype field patched; nothing else is touched."""
         config = dict(self._donor.config)
         if self._store and config:
-            names = {short: long for long, short in STORE_DTYPES.items()}
-            config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = names[self._store]
+            config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = _SHORT[self._store]
         return config
 
     @property
@@ -176,11 +177,11 @@ class MergedCheckpoint(Checkpoint):
         return self._donor.files
 
     @cached_property
-    def identity(self) -> str:  # type: ignore[override]
+    def identity(self) -> str:
         return self._digest(lambda checkpoint: checkpoint.identity)
 
     @cached_property
-    def stamp(self) -> str:  # type: ignore[override]
+    def stamp(self) -> str:
         return self._digest(lambda checkpoint: checkpoint.stamp)
 
     def _digest(self, of: Callable[[Checkpoint], str]) -> str:
@@ -200,14 +201,15 @@ class MergedCheckpoint(Checkpoint):
         description: dict[str, Any] = {"format": "modelglue/1", "method": self._method.id}
         if self._base is not None:
             description["base"] = _reference(self._base)["model"]
+        elif _root(self._donor) is not _root(self._models[0]):  # the method needs no base; config and tokenizer do
+            description["base"] = _reference(self._donor)["model"]
         description["models"] = models
         parameters = {key: value for key, value in values.items() if key not in per_model}
         if parameters:
             description["parameters"] = parameters
         description["seed"] = self._seed
         if self._store:
-            names = {short: long for long, short in STORE_DTYPES.items()}
-            description["dtype"] = {"compute": "float32", "store": names[self._store]}
+            description["dtype"] = {"compute": "float32", "store": _SHORT[self._store]}
         return description
 
     # -- reading --------------------------------------------------------------------------------------------------------
@@ -226,6 +228,9 @@ class MergedCheckpoint(Checkpoint):
         """A surveyed tensor stays with one worker, which then surveys it once."""
         return not (self._is_merged(name) and self._method.rounds(self._parameters.for_tensor(name)))
 
+    def computed(self, name: str) -> bool:
+        return self._is_merged(name)
+
     def prepare(self, names: Sequence[str] | None = None) -> None:
         """Run the rounds that look at the whole model, here and in nested merges; look for compiled chunk functions."""
         import torch  # noqa: F401 - here and not in every worker: forked workers share its memory
@@ -235,8 +240,9 @@ class MergedCheckpoint(Checkpoint):
         wanted = self._names if names is None else names
         merged = [name for name in wanted if self._is_merged(name) and self.info(name).numel]
         if merged:
-            with single_thread():
-                self._survey_model()
+            if self._model_survey is None:
+                with single_thread():
+                    self._survey_model()
             elements = sum(self.info(name).numel for name in merged)
             smallest = min(merged, key=lambda name: (self.info(name).numel, name))
             self._compiled = compiled.find(lambda: self._merge(smallest, *self.pieces(smallest, CHUNK_ELEMENTS)[0]), elements)
@@ -281,15 +287,18 @@ class MergedCheckpoint(Checkpoint):
             base = base.view(*shape) if base is not None else None
             uniform = [numbers.view(*shape) for numbers in uniform] if uniform is not None else None
         result = self._method.merge(models, base, uniform, survey, start, parameters)
-        store = self.info(name).dtype
+        dtype = torch_dtype(self.info(name).dtype)
+        stored = result.reshape(-1).to(dtype)
         # The sum of a chunk is finite unless an element is not (or the sum overflows, so look again before complaining).
-        if not bool(torch.isfinite(result.sum())) and not bool(torch.isfinite(result).all()):
-            raise MergeError(
-                f"{self._method.id}: tensor '{name}' comes out with NaN or infinity. Change the parameters; nothing was written."
-            )
-        if store in _LARGEST and bool((result.abs() > _LARGEST[store]).any()):
-            raise MergeError(f"{self._method.id}: tensor '{name}' does not fit float16 (over 65504). Store bfloat16 or float32.")
-        return result.reshape(-1).to(torch_dtype(store))
+        total = stored.sum(dtype=torch.float32 if dtype == torch.float16 else None)
+        if not bool(torch.isfinite(total)) and not bool(torch.isfinite(stored).all()):
+            if bool(torch.isfinite(result).all()):
+                largest, kind = torch.finfo(dtype).max, str(dtype).removeprefix("torch.")
+                raise MergeError(
+                    f"{self._method.id}: tensor '{name}' does not fit {kind} (largest number {largest:g}). Store a wider dtype."
+                )
+            raise MergeError(f"{self._method.id}: tensor '{name}' comes out with NaN or infinity. Change the parameters.")
+        return stored
 
     def _copy(self, name: str, start: int, stop: int) -> torch.Tensor:
         import torch
@@ -311,14 +320,13 @@ class MergedCheckpoint(Checkpoint):
         checkpoints = self._sources(name)
         wide = any(checkpoint.info(name).dtype == "F64" for checkpoint in checkpoints)
         compute = torch.float64 if wide else torch.float32
-        labels = [*self._labels, "the base"]
+        labels = [*self._labels, *([_label(self._base)] if self._base is not None else [])]
         chunks = []
-        for label, checkpoint in zip(labels, checkpoints, strict=False):
+        for label, checkpoint in zip(labels, checkpoints, strict=True):
             chunk = checkpoint.read(name, start, stop).to(compute)
             if not bool(torch.isfinite(chunk.sum())) and not bool(torch.isfinite(chunk).all()):
-                where = _label(checkpoint) if label == "the base" else label
                 raise MergeError(
-                    f"{where}: tensor '{name}' holds NaN or infinity near element {start + _first_bad(chunk):,}. "
+                    f"{label}: tensor '{name}' holds NaN or infinity near element {start + _first_bad(chunk):,}. "
                     "Repair or leave out this model."
                 )
             chunks.append(chunk)
@@ -383,14 +391,19 @@ class MergedCheckpoint(Checkpoint):
         return round_.combine(partials, known, total, parameters)
 
     def _sources(self, name: str) -> list[Checkpoint]:
-        """The inputs to read from: a nested merge that several rounds will read is computed once, into an unlinked scratch file."""
-        inputs = [*self._models, *([self._base] if self._base is not None else [])]
-        costly = any(isinstance(checkpoint, MergedCheckpoint) for checkpoint in inputs)
-        if not costly or not self._method.rounds(self._parameters.for_tensor(name)):
+        """The inputs to read from: what rounds and merge would compute again each is computed once, into an unlinked scratch file.
+
+        The file lasts until the next tensor; a survey of the whole model comes back to every tensor, so it keeps them all.
+        """
+        inputs = self._inputs()
+        rounds = self._method.rounds(self._parameters.for_tensor(name))
+        if not rounds or not any(checkpoint.computed(name) for checkpoint in inputs):
             return inputs
-        if self._spilled is None or self._spilled[0] != name:
-            self._spilled = (name, [_spill(c, name) if isinstance(c, MergedCheckpoint) else c for c in inputs])
-        return self._spilled[1]
+        if name not in self._spilled:
+            if not any(round_.scope == "model" for round_ in rounds):
+                self._spilled.clear()
+            self._spilled[name] = [_spill(c, name) if c.computed(name) else c for c in inputs]
+        return self._spilled[name]
 
     def _inputs(self) -> list[Checkpoint]:
         return [*self._models, *([self._base] if self._base is not None else [])]
@@ -400,7 +413,10 @@ class MergedCheckpoint(Checkpoint):
         if dtype in FLOATING:
             return True
         if dtype.startswith("F8"):
-            raise MergeError(f"tensor '{name}' is {dtype}; 8-bit floats are not merged elementwise. Dequantise the models first.")
+            raise MergeError(
+                f"{self._method.id}: tensor '{name}' of {_label(self._donor)} is {dtype}; 8-bit floats are not merged elementwise. "
+                "Dequantise the models first."
+            )
         return False
 
     def _unit(self, name: str) -> Unit:
@@ -434,9 +450,9 @@ class _Scratch(Checkpoint):
         view = self._values[start:stop]
         return view if out is None else out.copy_(view)
 
-    config: Mapping[str, Any] = {}  # type: ignore[assignment]
-    files: Mapping[str, Path] = {}  # type: ignore[assignment]
-    identity = stamp = ""  # type: ignore[assignment]
+    config: Mapping[str, Any] = {}
+    files: Mapping[str, Path] = {}
+    identity = stamp = ""
 
     def describe(self) -> dict[str, Any]:
         return {}
@@ -449,11 +465,25 @@ def _spill(checkpoint: Checkpoint, name: str) -> Checkpoint:
     if info.numel == 0:
         return checkpoint
     with tempfile.TemporaryFile() as stream:
-        stream.truncate(info.nbytes)
+        _reserve(stream.fileno(), info.nbytes)
         values = torch.frombuffer(mmap.mmap(stream.fileno(), info.nbytes), dtype=torch_dtype(info.dtype))
     for start, stop in checkpoint.pieces(name, CHUNK_ELEMENTS):
         checkpoint.read(name, start, stop, out=values[start:stop])
     return _Scratch(name, info, values)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Lengthen a file; where the system can, its blocks are set aside, because a full disk kills whoever writes to a mapping."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            os.ftruncate(descriptor, size)
+    except OSError as error:
+        raise RunError(
+            f"{tempfile.gettempdir()}: a nested merge needs {size:,} bytes of scratch space here ({error.strerror}). "
+            "Free some space, or set TMPDIR to a folder that has it."
+        ) from error
 
 
 def _check_same_tensors(donor: Checkpoint, inputs: Sequence[Checkpoint], method: str) -> None:
@@ -470,10 +500,9 @@ def _check_same_tensors(donor: Checkpoint, inputs: Sequence[Checkpoint], method:
             ours, found = donor.info(name).shape, checkpoint.info(name).shape
             if ours != found:
                 faults.append(f"tensor '{name}' has shape {list(found)} in {label} and {list(ours)} in {_label(donor)}")
-            if (donor.info(name).dtype in FLOATING) != (checkpoint.info(name).dtype in FLOATING):
-                faults.append(
-                    f"tensor '{name}' is {checkpoint.info(name).dtype} in {label} and {donor.info(name).dtype} in {_label(donor)}"
-                )
+            kind, kind_found = donor.info(name).dtype, checkpoint.info(name).dtype
+            if kind != kind_found and not {kind, kind_found} <= FLOATING:
+                faults.append(f"tensor '{name}' is {kind_found} in {label} and {kind} in {_label(donor)}")
     if faults:
         shown = "\n  ".join(faults[:12]) + (f"\n  ... and {len(faults) - 12} more" if len(faults) > 12 else "")
         raise MergeError(
@@ -490,7 +519,20 @@ def _label(checkpoint: Checkpoint) -> str:
 
 def _reference(checkpoint: Checkpoint) -> dict[str, Any]:
     description = checkpoint.describe()
-    return description if set(description) == {"model"} else {"model": description}
+    if set(description) == {"model"}:
+        return description
+    if "dtype" not in description:  # a nested recipe without one means float32
+        kinds = {checkpoint.info(name).dtype for name in checkpoint.names()} & FLOATING
+        if len(kinds) == 1:
+            description["dtype"] = {"compute": "float32", "store": _SHORT[kinds.pop()]}
+    return {"model": description}
+
+
+def _root(checkpoint: Checkpoint) -> Checkpoint:
+    """The model on disk whose config, tokenizer and dtypes a merge takes."""
+    while isinstance(checkpoint, MergedCheckpoint):
+        checkpoint = checkpoint._donor
+    return checkpoint
 
 
 def _first_bad(chunk: torch.Tensor) -> int:

@@ -102,6 +102,10 @@ class Checkpoint(ABC):
         """Whether pieces of this tensor may be read by different workers without doing work twice."""
         return True
 
+    def computed(self, name: str) -> bool:
+        """Whether reading this tensor costs arithmetic; who reads it more than once then keeps what it read."""
+        return False
+
     def prepare(self, names: Sequence[str] | None = None) -> None:  # noqa: B027 - most checkpoints have nothing to prepare
         """Gather what must be known of the whole model before any tensor can be read; called before workers start."""
 

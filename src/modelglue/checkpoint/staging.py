@@ -6,18 +6,29 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from modelglue.errors import RunError, UserError
 
 LOCK = ".lock"
+#: what a half-done folder holds to be continued; gone when it gets its final name
+JOURNAL = ".journal"
+#: seconds to wait for a lock: the workers of a process that was just killed hold it until they are dead too
+_PATIENCE = 2.0
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: the path itself cannot be used: the user's to mend
+_REFUSED = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 
 
 @contextmanager
@@ -26,26 +37,19 @@ def staged(directory: Path, *, key: str, overwrite: bool = False) -> Iterator[Pa
 
     The sibling is named by `key` (hex), so a process that was killed finds its half-done work again; it is locked by one
     writer. A ModelGlueError or an OSError removes it; Ctrl-C and SIGKILL leave it for the next run. With `overwrite` the old
-    folder is exchanged for the new one in one step where the system can, so that neither is ever missing.
+    folder is exchanged for the new one in one step where the system can, so that neither is ever missing. What earlier
+    writers with other keys left half done is removed when the folder appears.
     """
     directory = directory.absolute()
-    if directory.exists() and not overwrite:
-        raise UserError(f"{directory}: exists already. Choose another path, or pass --overwrite to replace it.")
+    _check_free(directory, overwrite)
     sibling = directory.parent / f".{directory.name}.{key[:16]}.partial"
-    try:
-        sibling.mkdir(parents=True, exist_ok=True)
-        lock = (sibling / LOCK).open("w")
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror}). Choose a folder you may write to.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{directory}: another process is writing it. Wait for it, or choose another path.") from error
+    with _locked(sibling, directory, _PATIENCE):
         try:
             yield sibling
-            (sibling / LOCK).unlink()
             _flush_tree(sibling)
+            _check_free(directory, overwrite)
+            for name in (JOURNAL, LOCK):
+                (sibling / name).unlink(missing_ok=True)
             _move(sibling, directory)
             _flush(directory.parent)
         except (Exception, SystemExit) as error:
@@ -53,13 +57,60 @@ def staged(directory: Path, *, key: str, overwrite: bool = False) -> Iterator[Pa
             if isinstance(error, OSError):
                 raise io_error(directory, error) from error
             raise
+    _sweep(directory)
+
+
+def _check_free(directory: Path, overwrite: bool) -> None:
+    if directory.exists() and not overwrite:
+        raise UserError(f"{directory}: exists already. Choose another path, or pass --overwrite to replace it.")
+
+
+@contextmanager
+def _locked(sibling: Path, directory: Path, patience: float) -> Iterator[None]:
+    """Make `sibling` and hold its lock; UserError if another process still does after `patience` seconds."""
+    made = False
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            sibling.mkdir()
+            made = True
+        lock = (sibling / LOCK).open("w")
+    except OSError as error:
+        if made:
+            sibling.rmdir()
+        raise io_error(directory, error) from error
+    with lock:
+        deadline = time.monotonic() + patience
+        while not _take(lock, sibling, directory):
+            if time.monotonic() >= deadline:
+                raise UserError(f"{directory}: another process is writing it. Wait for it, or choose another path.")
+            time.sleep(0.02)
+        yield
+
+
+def _take(lock: IO[str], sibling: Path, directory: Path) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever held it may have ended in between and taken the folder away; then this lock locks nothing.
+        return os.fstat(lock.fileno()).st_ino == (sibling / LOCK).stat().st_ino
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError as error:
+        raise io_error(directory, error) from error
+
+
+def _sweep(directory: Path) -> None:
+    """Remove half-done siblings of other keys that nobody holds: once `directory` is there, no run will continue them."""
+    for sibling in directory.parent.glob(f".{glob.escape(directory.name)}.{'[0-9a-f]' * 16}.partial"):
+        with contextlib.suppress(OSError, UserError), _locked(sibling, directory, 0):
+            shutil.rmtree(sibling)
 
 
 def io_error(path: Path, error: OSError) -> Exception:
     """An operating system's error in our words."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in _FULL:
         return RunError(f"{path}: the disk is full ({error.strerror}). Free some space and run it again; nothing was left behind.")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno in _REFUSED:
         return UserError(f"{path}: cannot be written ({error.strerror}). Choose a folder you may write to.")
     return RunError(f"{path}: {error}. Nothing was left behind.")
 

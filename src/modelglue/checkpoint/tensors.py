@@ -76,7 +76,7 @@ class TensorsCheckpoint(Checkpoint):
         return self._files
 
     @cached_property
-    def identity(self) -> str:  # type: ignore[override]
+    def identity(self) -> str:
         return content_identity(self, None)
 
     @property

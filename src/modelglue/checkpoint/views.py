@@ -45,6 +45,13 @@ class RenamedCheckpoint(Checkpoint):
     def splittable(self, name: str) -> bool:
         return self._source.splittable(self._find(name))
 
+    def computed(self, name: str) -> bool:
+        return self._source.computed(self._find(name))
+
+    def prepare(self, names: Sequence[str] | None = None) -> None:
+        wanted = self._old if names is None else names
+        self._source.prepare(sorted({self._find(name) for name in wanted}))
+
     @property
     def config(self) -> Mapping[str, Any]:
         return self._config
@@ -106,6 +113,16 @@ class JoinedCheckpoint(Checkpoint):
         part, old = self._find(name)
         return part.splittable(old)
 
+    def computed(self, name: str) -> bool:
+        part, old = self._find(name)
+        return part.computed(old)
+
+    def prepare(self, names: Sequence[str] | None = None) -> None:
+        asked = self._where.keys() if names is None else set(names)
+        for prefix, part in self._parts.items():
+            if wanted := [old for old in part.names() if prefix + old in asked]:
+                part.prepare(wanted)
+
     @property
     def config(self) -> Mapping[str, Any]:
         return self._config
@@ -116,11 +133,11 @@ class JoinedCheckpoint(Checkpoint):
 
     @property
     def identity(self) -> str:
-        return _digest([{prefix: part.identity for prefix, part in self._parts.items()}, dict(self._config)])
+        return _digest([[(prefix, part.identity) for prefix, part in self._parts.items()], dict(self._config)])
 
     @property
     def stamp(self) -> str:
-        return _digest([{prefix: part.stamp for prefix, part in self._parts.items()}, dict(self._config)])
+        return _digest([[(prefix, part.stamp) for prefix, part in self._parts.items()], dict(self._config)])
 
     def describe(self) -> dict[str, Any]:
         return {"join": {prefix: part.describe() for prefix, part in self._parts.items()}}

@@ -7,28 +7,29 @@ the folder appear.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import yaml
-
 from modelglue.checkpoint.card import model_card
+from modelglue.checkpoint.folder import INDEX
 from modelglue.checkpoint.protocol import ITEM_SIZE, Checkpoint
-from modelglue.checkpoint.staging import json_bytes, staged
+from modelglue.checkpoint.staging import JOURNAL, LOCK, json_bytes, staged
 from modelglue.checkpoint.workers import run_tasks
+from modelglue.checkpoint.yaml_text import yaml_text
 from modelglue.errors import CheckpointError, RunError
 from modelglue.settings import CHUNK_ELEMENTS, SMALL_OUTPUT_BYTES, cache_dir, default_workers
 
 RECIPE_FILE = "modelglue_recipe.yaml"
-JOURNAL = ".journal"
 #: elements that one task writes at least, when tensors are small enough to be bundled
 _TASK_ELEMENTS = 2**23
 #: bytes that may be written but not yet journaled: what a kill can cost
@@ -183,53 +184,71 @@ def save(
     """
     directory = Path(directory)
     plan = plan_output(checkpoint, shard_bytes=shard_bytes, chunk=chunk)
-    recipe = recipe_text if recipe_text is not None else yaml.safe_dump(checkpoint.describe(), sort_keys=False)
+    recipe = recipe_text if recipe_text is not None else yaml_text(checkpoint.describe())
     # Chunking is part of the key because it shapes the journal's tasks; it never shapes the bytes.
     key = hashlib.sha256(f"{plan.digest}\n{checkpoint.stamp}\n{recipe}".encode()).hexdigest()
-    if _is_complete(directory, key):
+    if _is_complete(directory, key, plan):
         return SaveReport(directory, len(plan.home), plan.tensor_bytes, len(plan.shards), 0, True)
     if workers is None:
         workers = 1 if plan.tensor_bytes < SMALL_OUTPUT_BYTES else default_workers()
+    made = _made_files(checkpoint, plan, recipe, directory.name)
     with staged(directory, key=key, overwrite=overwrite) as folder:
         resumed = _write_shards(checkpoint, plan, folder, workers, progress)
-        _write_side_files(checkpoint, plan, folder, recipe, directory.name)
-    _remember_complete(directory, key)
+        _write_side_files(checkpoint.files, made, folder)
+        _remember_complete(directory, folder, key)
     return SaveReport(directory, len(plan.home), plan.tensor_bytes, len(plan.shards), resumed, False)
 
 
 def _write_shards(checkpoint: Checkpoint, plan: Plan, folder: Path, workers: int, progress: Callable[[int, int], None] | None) -> int:
     """Fill the preallocated shards; return the bytes that an earlier process had already written."""
+    journal = _Journal(folder / JOURNAL, plan.digest)
+    afresh = not journal.done or not all(_is_there(folder, shard) for shard in plan.shards)
+    if afresh:
+        _clear(folder)
     _check_space(folder, plan)
-    journal = _Journal(folder / JOURNAL, plan)
-    for shard in plan.shards:
-        path = folder / shard.file
-        if not path.exists() or path.stat().st_size != shard.size:
-            journal.forget()
-            with path.open("wb") as stream:
-                stream.write(shard.header)
-                stream.truncate(shard.size)
+    if afresh:
+        _lay_out(folder, plan)
+        journal.start()
     waiting = [task for task in plan.tasks if task.number not in journal.done]
     resumed = plan.tensor_bytes - sum(task.bytes for task in waiting)
     written = resumed
     if progress:
         progress(written, plan.tensor_bytes)
-    flusher = _Flusher([folder / shard.file for shard in plan.shards], journal)
-
-    def on_done(task: Task, _result: None) -> None:
-        nonlocal written
-        written += task.bytes
-        flusher.add(task)
-        if progress:
-            progress(written, plan.tensor_bytes)
-
     if waiting:
         checkpoint.prepare(sorted({name for task in waiting for name, _, _ in task.pieces}))
-    try:
+    with _Flusher([folder / shard.file for shard in plan.shards], journal) as flusher:
+
+        def on_done(task: Task, _result: None) -> None:
+            nonlocal written
+            written += task.bytes
+            flusher.add(task)
+            if progress:
+                progress(written, plan.tensor_bytes)
+
         run_tasks(_fill, (checkpoint, plan, folder), waiting, workers=workers, on_done=on_done)
-    finally:
-        flusher.close()
-    (folder / JOURNAL).unlink(missing_ok=True)
     return resumed
+
+
+def _is_there(folder: Path, shard: Shard) -> bool:
+    path = folder / shard.file
+    return path.is_file() and path.stat().st_size == shard.size
+
+
+def _clear(folder: Path) -> None:
+    """Take out what a process of another state of things left here; an exchange that was cut short leaves a whole model."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def _lay_out(folder: Path, plan: Plan) -> None:
+    """Empty shards of full length, each with its header."""
+    for shard in plan.shards:
+        with (folder / shard.file).open("wb") as stream:
+            stream.write(shard.header)
+            stream.truncate(shard.size)
 
 
 def _fill(state: tuple[Checkpoint, Plan, Path], task: Task) -> None:
@@ -247,7 +266,7 @@ def _fill(state: tuple[Checkpoint, Plan, Path], task: Task) -> None:
                 descriptors[shard.file] = os.open(folder / shard.file, os.O_WRONLY)
             values = checkpoint.read(name, start, stop)
             offset = shard.offsets[name] + start * values.element_size()
-            _write_at(descriptors[shard.file], memoryview(values.view(torch.uint8).numpy()), offset)
+            _write_at(descriptors[shard.file], values.view(torch.uint8).numpy().data, offset)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
@@ -266,21 +285,19 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
 class _Journal:
     """Numbers of the tasks whose bytes are on the disk, under a first line that names the plan."""
 
-    def __init__(self, path: Path, plan: Plan) -> None:
+    def __init__(self, path: Path, digest: str) -> None:
         self._path = path
-        self._digest = plan.digest
+        self._digest = digest
         self.done: set[int] = set()
         lines = path.read_text(encoding="ascii", errors="replace").split("\n") if path.exists() else [""]
-        if lines[0] == self._digest:
-            self.done = {int(line) for line in lines[1:-1] if line.isdigit()}  # the last line may be torn
-            if lines[-1]:
-                self._rewrite()
-        else:
-            self._rewrite()
+        if lines[0] == digest:
+            self.done = {int(line) for line in lines[1:-1] if line.isdigit()}
+            if lines[-1]:  # torn: the next number would be glued to it
+                self._write()
 
-    def forget(self) -> None:
+    def start(self) -> None:
         self.done = set()
-        self._rewrite()
+        self._write()
 
     def add(self, numbers: Sequence[int]) -> None:
         with self._path.open("a", encoding="ascii") as stream:
@@ -288,7 +305,7 @@ class _Journal:
             stream.flush()
             os.fsync(stream.fileno())
 
-    def _rewrite(self) -> None:
+    def _write(self) -> None:
         self._path.write_text("\n".join([self._digest, *map(str, sorted(self.done)), ""]), encoding="ascii")
 
 
@@ -301,32 +318,42 @@ class _Flusher:
         self._waiting: list[Task] = []
         self._bytes = 0
         self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    def __enter__(self) -> _Flusher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        if kind is not None and issubclass(kind, Exception):
+            return  # the folder is about to be removed
+        if self._waiting and self._bytes >= _JOURNAL_BYTES // 4 and self._error is None:
+            self._flush(self._waiting)
+        if self._error is not None:
+            raise self._error
 
     def add(self, task: Task) -> None:
+        if self._error is not None:
+            raise self._error
         self._waiting.append(task)
         self._bytes += task.bytes
         if self._bytes >= _JOURNAL_BYTES and (self._thread is None or not self._thread.is_alive()):
-            self._start()
-
-    def close(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-        if self._waiting and self._bytes >= _JOURNAL_BYTES // 4:
-            self._flush(self._waiting)
-
-    def _start(self) -> None:
-        batch, self._waiting, self._bytes = self._waiting, [], 0
-        self._thread = threading.Thread(target=self._flush, args=(batch,), daemon=True)
-        self._thread.start()
+            batch, self._waiting, self._bytes = self._waiting, [], 0
+            self._thread = threading.Thread(target=self._flush, args=(batch,), daemon=True)
+            self._thread.start()
 
     def _flush(self, batch: Sequence[Task]) -> None:
-        for path in self._paths:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        self._journal.add([task.number for task in batch])
+        try:
+            for path in self._paths:
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            self._journal.add([task.number for task in batch])
+        except OSError as error:  # raised where the merge is waiting for it
+            self._error = error
 
 
 def _check_space(folder: Path, plan: Plan) -> None:
@@ -341,43 +368,53 @@ def _check_space(folder: Path, plan: Plan) -> None:
         )
 
 
-def _write_side_files(checkpoint: Checkpoint, plan: Plan, folder: Path, recipe: str, name: str) -> None:
-    """Config, tokenizer and the rest; the index last, because its name means that all shards are there."""
-    for file, source in checkpoint.files.items():
-        shutil.copyfile(source, folder / file)
+def _made_files(checkpoint: Checkpoint, plan: Plan, recipe: str, name: str) -> dict[str, bytes]:
+    """What stands beside the weights and is not copied, made before they are: a broken config should not cost a merge.
+
+    The index is the last, because its name means that all shards are there. The config keeps its order and what nobody knows in it.
+    """
+    made = {RECIPE_FILE: recipe.encode(), "README.md": model_card(checkpoint, recipe, name).encode()}
     if checkpoint.config:
-        (folder / "config.json").write_bytes(json_bytes(checkpoint.config))
-    (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
-    (folder / "README.md").write_text(model_card(checkpoint, recipe, name), encoding="utf-8")
+        made["config.json"] = (json.dumps(dict(checkpoint.config), indent=2, ensure_ascii=False) + "\n").encode()
     if len(plan.shards) > 1:
-        index = {
-            "metadata": {"total_size": plan.tensor_bytes},
-            "weight_map": {tensor: plan.home[tensor].file for tensor in sorted(plan.home)},
-        }
-        (folder / "model.safetensors.index.json").write_bytes(json_bytes(index))
+        weight_map = {tensor: plan.home[tensor].file for tensor in sorted(plan.home)}
+        made[INDEX] = json_bytes({"metadata": {"total_size": plan.tensor_bytes}, "weight_map": weight_map})
+    return made
 
 
-def _completion_record(directory: Path) -> Path:
-    """Where it is remembered which recipe and inputs a finished folder came from.
+def _write_side_files(copied: Mapping[str, Path], made: Mapping[str, bytes], folder: Path) -> None:
+    for file, source in copied.items():
+        try:
+            shutil.copyfile(source, folder / file)
+        except OSError as error:
+            if error.filename == str(source):
+                raise CheckpointError(f"{source}: cannot be read ({error.strerror}). Check its permissions.") from error
+            raise
+    for file, data in made.items():
+        (folder / file).write_bytes(data)
+
+
+def _completion_record(directory: Path, folder: Path) -> Path:
+    """Where it is remembered which recipe and inputs a finished folder came from; `folder` is what it is called before it is finished.
 
     Not inside the folder: inode and mtime of the inputs are part of it, and the folder's bytes are a function of contents only.
     """
-    status = (directory / RECIPE_FILE).stat()
+    status = (folder / RECIPE_FILE).stat()
     name = f"{directory.absolute()}\0{status.st_ino}\0{status.st_mtime_ns}"
     return cache_dir() / "outputs" / hashlib.sha256(name.encode()).hexdigest()
 
 
-def _is_complete(directory: Path, key: str) -> bool:
+def _is_complete(directory: Path, key: str, plan: Plan) -> bool:
     try:
-        return _completion_record(directory).read_text(encoding="ascii") == key
+        known = _completion_record(directory, directory).read_text(encoding="ascii")
+        return known == key and all(_is_there(directory, shard) for shard in plan.shards)
     except (OSError, UnicodeDecodeError):
         return False
 
 
-def _remember_complete(directory: Path, key: str) -> None:
-    try:
-        record = _completion_record(directory)
+def _remember_complete(directory: Path, folder: Path, key: str) -> None:
+    """A cache that cannot be written only means that a second call says "exists" instead of "complete"."""
+    with contextlib.suppress(OSError):
+        record = _completion_record(directory, folder)
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(key, encoding="ascii")
-    except OSError:
-        pass  # a cache that cannot be written only means that a second call says "exists" instead of "complete"

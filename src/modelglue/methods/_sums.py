@@ -15,13 +15,19 @@ def block_sums(values: Tensor) -> list[float]:
     """One float64 sum per block of 65,536 elements of a 1-D chunk that starts at a block's edge."""
     import torch
 
-    return [float(block.sum(dtype=torch.float64)) for block in values.split(BLOCK_ELEMENTS)]
+    return [float(block.sum(dtype=torch.float64)) for block in _blocks(values)]
 
 
 def block_dots(vectors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> list[list[float]]:
     """Inner products of the named pairs of 1-D chunks: per pair one float64 number per block, with float64 products."""
-    blocks = [vector.double().split(BLOCK_ELEMENTS) for vector in vectors]
+    blocks = [_blocks(vector.double()) for vector in vectors]
     return [[float(a.dot(b)) for a, b in zip(blocks[i], blocks[j], strict=True)] for i, j in pairs]
+
+
+def _blocks(values: Tensor) -> Sequence[Tensor]:
+    import torch
+
+    return torch.split(values, BLOCK_ELEMENTS)
 
 
 def total(partials: Sequence[Sequence[float]]) -> float:

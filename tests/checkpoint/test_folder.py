@@ -1,0 +1,402 @@
+"""Folders, indexes and configs: which files make a model, and every way in which they do not."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from modelglue.checkpoint import SafetensorsCheckpoint, TensorsCheckpoint, save, tensor_file
+from modelglue.errors import CheckpointError
+from tests.checkpoint.files import EIGHT, TWO, randn, weight_file, write_model, write_single
+
+INDEX = "model.safetensors.index.json"
+A = {"a": torch.arange(4.0)}
+B = {"b": torch.arange(6.0).view(2, 3)}
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+SHARDS = {FIRST: A, SECOND: B}
+RIGHT = {"a": FIRST, "b": SECOND}
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        SafetensorsCheckpoint(folder)
+    assert caught.value.exit_code == 2
+    message = str(caught.value)
+    assert message.startswith(str(folder))
+    for word in words:
+        assert word in message
+    assert len(message) < len(str(folder)) + 600
+    message.encode()
+
+
+# -- whole models -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", [True, None], ids=["index", "no-index"])
+def test_shards_are_read_with_and_without_an_index(tmp_path: Path, index: Any) -> None:
+    checkpoint = SafetensorsCheckpoint(write_model(tmp_path, SHARDS, index=index))
+    assert checkpoint.names() == ("a", "b")
+    assert torch.equal(checkpoint.tensor("a"), A["a"])
+    assert torch.equal(checkpoint.tensor("b"), B["b"])
+
+
+def test_one_file_of_any_name_is_a_model(tmp_path: Path) -> None:
+    write_model(tmp_path, {"weights.safetensors": A, "adapter_model.safetensors": B})
+    for path in (tmp_path, tmp_path / "weights.safetensors"):
+        assert SafetensorsCheckpoint(path).names() == ("a",)
+
+
+def test_links_into_the_blobs_of_a_hub_cache_are_followed(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--org--name" / "blobs", tmp_path / "models--org--name" / "snapshots" / "0123"
+    write_model(blobs, {"first": A, "second": B})
+    snapshot.mkdir(parents=True)
+    for name, blob in ((FIRST, "first"), (SECOND, "second")):
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    (snapshot / INDEX).write_text(json.dumps({"weight_map": RIGHT}))
+    assert torch.equal(SafetensorsCheckpoint(snapshot).tensor("b"), B["b"])
+
+
+def test_near_names_are_suggested(tmp_path: Path) -> None:
+    checkpoint = SafetensorsCheckpoint(write_single(tmp_path, {"layers.0.weight": torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match=r"no tensor 'layers\.0\.wieght'\. Did you mean 'layers\.0\.weight'\?"):
+        checkpoint.info("layers.0.wieght")
+
+
+# -- hostile indexes ----------------------------------------------------------------------------------------------------------
+
+#: what stands in the index -> words of the message
+BAD_INDEXES: dict[str, tuple[Any, str]] = {
+    "empty-file": (b"", "not valid"),
+    "not-json": (b"{weight_map", "not valid"),
+    "not-utf-8": (b'{"weight_map": {"a\xff": 1}}', "can't decode byte 0xff"),
+    "a-list": ([RIGHT], "holds list, not a JSON object"),
+    "deep": (b'{"weight_map":' + b"[" * 50_000 + b"]" * 50_000 + b"}", "nested too deeply"),
+    "no-weight-map": ({"metadata": {}}, "has no weight_map"),
+    "empty-weight-map": ({"weight_map": {}}, "empty or malformed"),
+    "weight-map-a-list": ({"weight_map": list(RIGHT.items())}, "malformed"),
+    "a-number-for-a-file": ({"weight_map": {**RIGHT, "b": 2}}, "tensor 'b' points to 2"),
+    "null-for-a-file": ({"weight_map": {**RIGHT, "b": None}}, "tensor 'b' points to None"),
+    "tensor-twice": (f'{{"weight_map": {{"a": "{FIRST}", "b": "{SECOND}", "a": "{SECOND}"}}}}'.encode(), "'a' twice"),
+    "unknown-tensor": ({"weight_map": {**RIGHT, "c": FIRST}}, f"tensor 'c' should stand in {FIRST}, but stands in no shard"),
+    "wrong-shard": ({"weight_map": {"a": SECOND, "b": FIRST}}, f"'a' should stand in {SECOND}, but stands in {FIRST}"),
+    "name-of-half-characters": (
+        f'{{"weight_map": {{"a": "{FIRST}", "b": "{SECOND}", "\\ud800": "{FIRST}"}}}}'.encode(), "tensor '\\ud800' should stand",
+    ),
+    "missing-shard": ({"weight_map": {**RIGHT, "b": "model-00003-of-00003.safetensors"}}, "which does not exist"),
+    "parent": ({"weight_map": {**RIGHT, "b": "../outside.safetensors"}}, "not a .safetensors file of this folder"),
+    "parent-inside": ({"weight_map": {**RIGHT, "b": f"sub/../{SECOND}"}}, "not a .safetensors file of this folder"),
+    "absolute": ({"weight_map": {**RIGHT, "b": "/outside.safetensors"}}, "not a .safetensors file of this folder"),
+    "backslash": ({"weight_map": {**RIGHT, "b": "..\\outside.safetensors"}}, "not a .safetensors file of this folder"),
+    "drive": ({"weight_map": {**RIGHT, "b": "C:\\outside.safetensors"}}, "not a .safetensors file of this folder"),
+    "subfolder": ({"weight_map": {**RIGHT, "b": f"sub/{SECOND}"}}, "not a .safetensors file of this folder"),
+    "dot": ({"weight_map": {**RIGHT, "b": f"./{SECOND}"}}, "not a .safetensors file of this folder"),
+    "nothing": ({"weight_map": {**RIGHT, "b": ""}}, "not a .safetensors file of this folder"),
+    "zero-byte": ({"weight_map": {**RIGHT, "b": "\0.safetensors"}}, "not a .safetensors file of this folder"),
+    "half-character": (f'{{"weight_map": {{"a": "{FIRST}", "b": "\\ud800.safetensors"}}}}'.encode(), "not a .safetensors file"),
+    "endless-name": ({"weight_map": {**RIGHT, "b": "x" * 5000 + ".safetensors"}}, "not a .safetensors file of this folder"),
+    "name-that-no-disk-takes": ({"weight_map": {**RIGHT, "b": "x" * 250 + ".safetensors"}}, "not a .safetensors file of this folder"),
+    "other-format": ({"weight_map": {**RIGHT, "b": "pytorch_model.bin"}}, "not a .safetensors file of this folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_INDEXES)
+def test_hostile_index_is_refused(name: str, tmp_path: Path) -> None:
+    index, words = BAD_INDEXES[name]
+    folder = write_model(tmp_path / "model", SHARDS, index=index)
+    write_model(tmp_path, {"outside.safetensors": B})
+    refused(folder, INDEX, words)
+
+
+def test_index_that_leaves_a_tensor_out_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, {**SHARDS, FIRST: {**A, "hidden": torch.zeros(1)}}, index={"weight_map": RIGHT})
+    refused(folder, INDEX, f"does not list tensor 'hidden' of {FIRST}")
+
+
+def test_index_larger_than_any_is_refused_unread(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, SHARDS, index=True)
+    os.truncate(folder / INDEX, 100_000_001)  # sparse
+    refused(folder, INDEX, "is 100,000,001 bytes long, allowed are 100,000,000")
+
+
+def test_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", {FIRST: A}, index={"weight_map": RIGHT})
+    outside = write_model(tmp_path / "elsewhere" / "blobs", {"secret.safetensors": B}) / "secret.safetensors"
+    (folder / SECOND).symlink_to(outside)
+    refused(folder, INDEX, f"'{SECOND}' is a link that leaves the folder, to {outside}")
+
+
+def test_link_within_the_folder_is_followed(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, {FIRST: A, "kept": B}, index={"weight_map": RIGHT})
+    (folder / SECOND).symlink_to("kept")
+    assert SafetensorsCheckpoint(folder).names() == ("a", "b")
+
+
+def test_dangling_link_and_link_loop_are_missing_shards(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, {FIRST: A}, index={"weight_map": RIGHT})
+    (folder / SECOND).symlink_to("nowhere")
+    refused(folder, SECOND, "does not exist")
+    (folder / SECOND).unlink()
+    (folder / SECOND).symlink_to(SECOND)
+    refused(folder, SECOND)
+
+
+def test_damaged_shard_is_named(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, SHARDS, index=True)
+    os.truncate(folder / SECOND, (folder / SECOND).stat().st_size - 1)
+    refused(folder, f"{folder / SECOND}: ", "tensor 'b'", "but the file holds 23")
+
+
+@pytest.mark.parametrize("index", [True, None], ids=["index", "no-index"])
+def test_tensor_in_two_shards_is_refused(tmp_path: Path, index: Any) -> None:
+    folder = write_model(tmp_path, {FIRST: {**A, **B}, SECOND: B}, index=index)
+    refused(folder, f"{folder / SECOND}: ", f"tensor 'b' stands in {FIRST} as well")
+
+
+# -- hostile folders ----------------------------------------------------------------------------------------------------------
+
+
+def gap(folder: Path) -> None:
+    write_model(folder, {"model-00001-of-00003.safetensors": A, "model-00003-of-00003.safetensors": B})
+
+
+def wide_gap(folder: Path) -> None:
+    write_model(folder, {"model-00001-of-99999.safetensors": A})
+
+
+def one_too_many(folder: Path) -> None:
+    write_model(folder, {**SHARDS, "model-00003-of-00002.safetensors": {"c": torch.zeros(1)}})
+
+
+def counted_from_zero(folder: Path) -> None:
+    write_model(folder, {"model-00000-of-00002.safetensors": A, "model-00001-of-00002.safetensors": B})
+
+
+def two_counts(folder: Path) -> None:
+    write_model(folder, {"model-00001-of-00001.safetensors": A, SECOND: B})
+
+
+def two_stems(folder: Path) -> None:
+    write_model(folder, {FIRST: A, "other-00002-of-00002.safetensors": B})
+
+
+def two_files(folder: Path) -> None:
+    write_model(folder, {"one.safetensors": A, "two.safetensors": B})
+
+
+def two_models(folder: Path) -> None:
+    write_model(folder, {**SHARDS, "model.safetensors": A}, index={"weight_map": RIGHT})
+
+
+def pickled(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"PK")
+
+
+def adapter(folder: Path) -> None:
+    write_model(folder, {"adapter_model.safetensors": A})
+
+
+def folder_named_like_a_file(folder: Path) -> None:
+    (folder / "model.safetensors").mkdir()
+
+
+BAD_FOLDERS: list[tuple[Callable[[Path], None], str]] = [
+    (gap, "shard 2 of 3 is missing"),
+    (wide_gap, "shard 2, 3, 4, 5, 6, 7, 8, 9, ... of 99999 is missing"),
+    (one_too_many, "shard 3 of 2 is one too many"),
+    (counted_from_zero, "shard 2 of 2 is missing"),
+    (two_counts, "several .safetensors files and no index"),
+    (two_stems, "several .safetensors files and no index"),
+    (two_files, "several .safetensors files and no index: one.safetensors, two.safetensors"),
+    (two_models, "holds model.safetensors and an index of other shards"),
+    (pickled, "holds pytorch_model.bin and no .safetensors"),
+    (adapter, "is an adapter, not a model"),
+    (folder_named_like_a_file, "holds no .safetensors file"),
+    (lambda folder: None, "holds no .safetensors file"),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), BAD_FOLDERS, ids=lambda value: getattr(value, "__name__", ""))
+def test_folder_that_is_no_model_is_refused(make: Callable[[Path], None], words: str, tmp_path: Path) -> None:
+    make(tmp_path)
+    refused(tmp_path, words)
+
+
+def test_file_of_another_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"PK")
+    refused(tmp_path / "model.bin", "is not a .safetensors file")
+
+
+BAD_CONFIGS = {
+    "not-json": (b"{", "not valid"),
+    "not-utf-8": (b'{"a": "\xff"}', "can't decode"),
+    "a-list": (b"[]", "holds list, not a JSON object"),
+    "deep": (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "nested too deeply"),
+    "half-a-character": (b'{"a": "\\ud800"}', "half a character"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_broken_config_is_refused_and_before_weights_are_written(name: str, tmp_path: Path) -> None:
+    data, words = BAD_CONFIGS[name]
+    folder = write_single(tmp_path / "model", A)
+    (folder / "config.json").write_bytes(data)
+    seen: list[tuple[int, int]] = []
+    with pytest.raises(CheckpointError, match=words) as caught:
+        save(SafetensorsCheckpoint(folder), tmp_path / "out", progress=lambda *step: seen.append(step))
+    assert str(caught.value).startswith(f"{folder / 'config.json'}: ")
+    assert seen == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_folder_without_config_has_an_empty_one(tmp_path: Path) -> None:
+    write_single(tmp_path, A)
+    assert SafetensorsCheckpoint(tmp_path).config == {}
+    assert SafetensorsCheckpoint(tmp_path / "model.safetensors").config == {}
+    assert SafetensorsCheckpoint(tmp_path / "model.safetensors").files == {}
+
+
+# -- files that change while they are read ------------------------------------------------------------------------------------
+
+
+def test_shard_that_shrank_after_it_was_opened_is_named(tmp_path: Path) -> None:
+    checkpoint = SafetensorsCheckpoint(write_single(tmp_path, B))
+    path = tmp_path / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 4)
+    with pytest.raises(CheckpointError, match="has become shorter since it was opened") as caught:
+        checkpoint.read("b")
+    assert str(caught.value).startswith(str(path))
+
+
+def test_shard_that_vanished_is_named(tmp_path: Path) -> None:
+    checkpoint = SafetensorsCheckpoint(write_single(tmp_path, B))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        _ = checkpoint.stamp
+
+
+# -- against the safetensors library ------------------------------------------------------------------------------------------
+
+#: every dtype that the library and torch share, every rank, empty and long tensors
+EVERY_DTYPE = {
+    "f64": randn(3, 5, dtype=torch.float64), "f32": randn(7), "f16": randn(2, 2, 2, dtype=torch.float16),
+    "bf16": randn(9, 3, dtype=torch.bfloat16), "e4m3": randn(5).to(torch.float8_e4m3fn), "e5m2": randn(5).to(torch.float8_e5m2),
+    "e8m0": torch.arange(7, dtype=torch.uint8).view(torch.float8_e8m0fnu), "i64": torch.tensor([-(2**63), 2**63 - 1]),
+    "i32": torch.arange(-3, 3, dtype=torch.int32), "i16": torch.arange(3, dtype=torch.int16), "i8": torch.arange(-2, 3, dtype=torch.int8),
+    "u64": torch.arange(3).to(torch.uint64), "u32": torch.arange(3).to(torch.uint32), "u16": torch.arange(3).to(torch.uint16),
+    "u8": torch.arange(250, 256).to(torch.uint8), "bool": torch.tensor([True, False, True]),
+    "scalar": torch.tensor(3.5), "scalar.bool": torch.tensor(True), "empty": torch.empty(0), "empty.rows": torch.empty(0, 4, 2),
+    "special": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]), "名前": torch.ones(1),
+}  # fmt: skip
+
+
+def assert_bits_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    assert found.reshape(-1).view(torch.uint8).tolist() == expected.reshape(-1).view(torch.uint8).tolist()
+
+
+def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
+    checkpoint = SafetensorsCheckpoint(write_single(tmp_path, EVERY_DTYPE))
+    assert checkpoint.names() == tuple(sorted(EVERY_DTYPE))
+    for name, expected in EVERY_DTYPE.items():
+        assert_bits_equal(checkpoint.tensor(name), expected)
+
+
+def test_what_is_saved_is_read_by_the_library(tmp_path: Path) -> None:
+    save(TensorsCheckpoint(EVERY_DTYPE), tmp_path / "one")
+    save(TensorsCheckpoint(EVERY_DTYPE), tmp_path / "many", shard_bytes=40)
+    (tmp_path / "bytes.safetensors").write_bytes(tensor_file(TensorsCheckpoint(EVERY_DTYPE)))
+    many = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(many) > 5
+    for paths in ([tmp_path / "one" / "model.safetensors"], many, [tmp_path / "bytes.safetensors"]):
+        found = {}
+        for path in paths:
+            with safe_open(path, framework="pt") as opened:
+                assert opened.metadata() == {"format": "pt"}
+                found.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 - it is no dict
+        assert sorted(found) == sorted(EVERY_DTYPE)
+        for name, expected in EVERY_DTYPE.items():
+            assert_bits_equal(found[name], expected)
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "BF16", "I64"])
+def test_unaligned_tensors_are_read(tmp_path: Path, dtype: str) -> None:
+    """A byte before the others shifts them off their alignment, which the format allows."""
+    kind = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}[dtype]
+    values = torch.arange(1, 8).to(kind)
+    data = values.view(torch.uint8).numpy().tobytes()
+    header = {
+        "byte": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "w": {"dtype": dtype, "shape": [7], "data_offsets": [1, 1 + len(data)]},
+    }
+    (tmp_path / "model.safetensors").write_bytes(weight_file(header, b"\x2a" + data))
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert torch.equal(checkpoint.read("w"), values)
+    assert torch.equal(checkpoint.read("w", 2, 5), values[2:5])
+    assert checkpoint.read("byte").tolist() == [42]
+
+
+def test_metadata_and_padding_of_foreign_writers_are_read(tmp_path: Path) -> None:
+    for header in ({"__metadata__": {"format": "pt", "x": "y"}, "w": TWO}, {"__metadata__": None, "w": TWO}):
+        (tmp_path / "model.safetensors").write_bytes(weight_file(json.dumps(header).encode() + b" \n\t ", EIGHT))
+        assert SafetensorsCheckpoint(tmp_path).names() == ("w",)
+        with safe_open(tmp_path / "model.safetensors", framework="pt") as opened:
+            assert list(opened.keys()) == ["w"]
+
+
+def test_file_without_tensors_is_a_model_that_cannot_be_saved(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "model.safetensors")
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert checkpoint.names() == ()
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        save(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# -- reading ------------------------------------------------------------------------------------------------------------------
+
+
+def test_ranges_and_out(tmp_path: Path) -> None:
+    values = randn(1000)
+    checkpoint = SafetensorsCheckpoint(write_single(tmp_path, {"w": values.view(10, 100)}))
+    assert torch.equal(checkpoint.read("w", 17, 910), values[17:910])
+    assert torch.equal(checkpoint.read("w", 990), values[990:])
+    assert checkpoint.read("w", 5, 5).shape == (0,)
+    out = torch.empty(3)
+    assert checkpoint.read("w", 1, 4, out=out) is out
+    assert torch.equal(out, values[1:4])
+    assert checkpoint.tensor("w").shape == (10, 100)
+
+
+def test_a_stray_write_reaches_neither_file_nor_another_reader(tmp_path: Path) -> None:
+    checkpoint = SafetensorsCheckpoint(write_single(tmp_path, A))
+    before = (tmp_path / "model.safetensors").read_bytes()
+    checkpoint.read("a").fill_(9)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert torch.equal(SafetensorsCheckpoint(tmp_path).read("a"), A["a"])
+
+
+def test_views_stay_valid_when_pages_are_let_go(tmp_path: Path) -> None:
+    values = randn(4_000_000)
+    checkpoint = SafetensorsCheckpoint(write_single(tmp_path, {"w": values}))
+    first = checkpoint.read("w", 0, 1000)
+    for start in range(0, 4_000_000, 100_000):
+        assert torch.equal(checkpoint.read("w", start, start + 100_000), values[start : start + 100_000])
+    assert torch.equal(first, values[:1000])
+
+
+def test_pickled_checkpoint_maps_the_files_itself(tmp_path: Path) -> None:
+    checkpoint = SafetensorsCheckpoint(write_model(tmp_path, SHARDS, index=True))
+    checkpoint.read("a")
+    data = pickle.dumps(checkpoint)
+    assert len(data) < 3000
+    assert torch.equal(pickle.loads(data).tensor("b"), B["b"])
