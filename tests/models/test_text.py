@@ -316,14 +316,15 @@ def test_contexts_longer_than_the_limit_keep_their_end() -> None:
     assert text.truncated == 3
 
 
-def test_more_tokens_than_there_are_positions() -> None:
-    model = random_model("gpt2", n_positions=8)
-    model.generation_config.eos_token_id = model.config.eos_token_id = None
-    text = LiveTextModel(model, letters())
-    text._ends.clear()
-    with _shapes(model) as shapes:
-        text.generate(["abc"], until=[], max_new_tokens=50)
-    assert sum(width for _, width in shapes[-7:]) == 7  # one id of the context and six of the seven that are written
+def test_more_tokens_are_asked_for_than_there_are_positions() -> None:
+    """A prompt keeps half of the positions, and what fits behind it is written."""
+    tokenizer = letters()
+    model = bigram_model(dict(pairwise("abcdefghijklmnopqrstuvwxyz")), tokenizer, max_position_embeddings=8)
+    text = LiveTextModel(model, tokenizer)
+    assert text.generate(["a", "xyzkl", "xa", "mno", ""], until=[], max_new_tokens=50) == ["bcdefg", "mnop", "bcdef", "pqrs", ""]
+    assert text.truncated == 1  # <s>xyzkl is six ids
+    assert text.generate(["a", "kl"], until=[], max_new_tokens=3) == ["bcd", "mno"]
+    assert text.truncated == 1
 
 
 def test_what_a_model_calls_its_cache_is_asked_once() -> None:

@@ -49,21 +49,22 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def continue_rows(
-    reader: CachedModel, rows: Sequence[list[int]], steps: int, ends: Collection[int], stops: Stops
+    reader: CachedModel, rows: Sequence[list[int]], steps: Sequence[int], ends: Collection[int], stops: Stops
 ) -> Iterator[tuple[int, list[int]]]:
-    """(place, ids written after the row), in no particular order: at most `steps` ids, up to an end id or a stop string.
+    """(place, ids written after the row), in no particular order: up to an end id or a stop string, and at most the row's `steps`.
 
     What all rows begin with is read once. Memory: one batch of at most BATCH_POSITIONS positions.
     """
-    lengths = [len(row) + steps for row in rows]
+    lengths = [len(row) + most for row, most in zip(rows, steps, strict=True)]
     shared, past = reader.shared([row[:-1] for row in rows], max(lengths, default=0))
     for places in reader.batches(lengths):
         before = None if past is None else past.rows([0] * len(places))
-        yield from zip(places, _continue(reader, [rows[place][shared:] for place in places], before, steps, ends, stops), strict=True)
+        pieces, most = [rows[place][shared:] for place in places], [steps[place] for place in places]
+        yield from zip(places, _continue(reader, pieces, before, most, ends, stops), strict=True)
 
 
 def _continue(
-    reader: CachedModel, rows: Sequence[list[int]], past: Past | None, steps: int, ends: Collection[int], stops: Stops
+    reader: CachedModel, rows: Sequence[list[int]], past: Past | None, steps: Sequence[int], ends: Collection[int], stops: Stops
 ) -> list[list[int]]:
     """One batch. Rows that have ended run on until enough of them can be taken out together."""
     import torch
@@ -78,7 +79,7 @@ def _continue(
             if row in running:
                 if token not in ends:
                     written[row].append(token)
-                if token in ends or len(written[row]) == steps or stops.reached(written[row]):
+                if token in ends or len(written[row]) == steps[row] or stops.reached(written[row]):
                     running.remove(row)
         if not running:
             return written

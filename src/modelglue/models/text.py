@@ -61,15 +61,17 @@ class LiveTextModel:
             return score_rows(self._reader, self._rows(pairs), self._vocabulary)
 
     def generate(self, prompts: Sequence[str], *, until: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Greedy, with the model's cache; a row stops at an end-of-text id or when its decoded text holds a stop string."""
+        """Greedy, with the model's cache; a row stops at an end-of-text id or when its decoded text holds a stop string.
+
+        A context is cut (its end stays) to make room for `max_new_tokens`, but keeps half of the model's positions: where more are
+        asked for than fit behind it, fewer are written.
+        """
         texts = [""] * len(prompts)
-        steps = min(max_new_tokens, self._limit - 1)
-        if steps < 1:
-            return texts
-        rows = []
-        for ids in self._encode(prompts):
-            self.truncated += len(ids) > self._limit - steps
-            rows.append(ids[steps - self._limit :] or [self._first])
+        kept = max(self._limit - max_new_tokens, self._limit // 2, 1)
+        encoded = self._encode(prompts) if max_new_tokens > 0 and self._limit > 1 else []
+        self.truncated += sum(len(ids) > kept for ids in encoded)
+        rows = [ids[-kept:] or [self._first] for ids in encoded]
+        steps = [min(max_new_tokens, self._limit - len(row)) for row in rows]
         stops = Stops(self.tokenizer, until)
         ends = self._ends | {self._specials[stop] for stop in until if stop in self._specials}  # decoded text does not show these
         with inference(self.model):
