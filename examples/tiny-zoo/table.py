@@ -35,8 +35,15 @@ def models(results: Mapping[str, Any]) -> None:
 
 def seeds(runs: Mapping[str, Path]) -> None:
     """Per run: the result against the best single model, and the first family's merge against its best member and its average."""
-    print("| training seed | result | best single model | gain | family's merge against its best member | against the average of all members |")
-    print("|---|--:|--:|---|---|---|")
+    columns = (
+        "training seed",
+        "result",
+        "best single model",
+        "gain",
+        "family's merge against its best member",
+        "against the members' average",
+    )
+    print("| " + " | ".join(columns) + " |\n|---|--:|--:|---|---|---|")
     for name, run in runs.items():
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))
         outcome = json.loads((run / "decisions.json").read_text(encoding="utf-8"))["outcome"]
