@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import REPOSITORY
 
@@ -49,6 +51,34 @@ def write_zoo(folder: Path, models: Sequence[str] = MODELS, skills: Sequence[str
     return write_yaml(folder / "zoo.yaml", glue_file(models, skills, **groups))
 
 
+def write_pair_zoo(folder: Path, skills: Sequence[str] = SKILLS, *, items: int = 8, **groups: Any) -> Path:
+    """A zoo whose run is known beforehand, however its models were trained: `reverse`, its twin `reverse-b`, and `stranger`.
+
+    The twins differ in what no answer depends on (the embedding of the padding token), so they tie, their average ties with them, and
+    ties merge. Only they can reverse, only the stranger can double, so both families become experts.
+    """
+    write_zoo(folder, ["reverse", "stranger"], skills, items=items)
+    write_twin(folder / "models" / "reverse", folder / "models" / "reverse-b")
+    return write_yaml(folder / "zoo.yaml", glue_file(["reverse", "reverse-b", "stranger"], skills, **groups))
+
+
+def write_twin(model: Path, twin: Path) -> None:
+    """A copy of a model in which only the padding token's embedding is another."""
+    shutil.copytree(model, twin)
+    weights = load_file(twin / "model.safetensors")
+    row = weights["model.embed_tokens.weight"][0]
+    row += torch.full_like(row, 0.125)
+    save_file(weights, twin / "model.safetensors", metadata={"format": "pt"})
+
+
 def write_yaml(path: Path, value: Any) -> Path:
     path.write_text(yaml.safe_dump(value, sort_keys=False))
     return path
+
+
+def write_lines_of(source: Path, folder: Path, split: str, *, start: int, items: int = 8) -> None:
+    """A copy of the tasks in `source` whose sets of one split hold other items of the tiny zoo's, from number `start`."""
+    shutil.copytree(source, folder)
+    for data in sorted((folder / "data").glob(f"*/{split}.jsonl")):
+        lines = (TINY_ZOO / "tasks" / data.relative_to(folder)).read_text().splitlines(keepends=True)
+        data.write_text("".join(lines[start : start + items]))

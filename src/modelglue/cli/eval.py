@@ -40,7 +40,7 @@ def evaluate(
     quiet
         No progress.
     """
-    from modelglue.cli.console import print_json, stdout
+    from modelglue.cli.console import print_json, print_warnings, stdout
     from modelglue.errors import UserError
     from modelglue.evaluation import ScoreStore, TaskSet
 
@@ -54,9 +54,7 @@ def evaluate(
         return
     console = stdout()
     console.print(_table(found, list(task_set.skills)))
-    for model, scores in found.items():
-        for warning in scores.warnings:
-            console.print(f"[yellow]warning:[/] {model}: {warning}")
+    print_warnings(console, [f"{model}: {warning}" for model, scores in found.items() for warning in scores.warnings])
 
 
 def _scores(model: str, task_set: TaskSet, store: ScoreStore, *, quiet: bool) -> Scores:

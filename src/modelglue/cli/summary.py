@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from modelglue.cli.console import print_warnings
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -22,7 +24,9 @@ def print_summary(result: GlueResult, report: Path | None, console: Console) -> 
     if result.results is None:
         console.print(f"{escape(str(result.run))}: rebuilt; the result is the {escape(_outcome(result.outcome, []))}", soft_wrap=True)
         return
-    decisions = json.loads((result.run / "decisions.json").read_text(encoding="utf-8"))
+    zoo, families, decisions = (
+        json.loads((result.run / f"{name}.json").read_text(encoding="utf-8")) for name in ("zoo", "families", "decisions")
+    )
     console.print()
     for family in decisions["families"]:
         _print_family(family, console)
@@ -31,6 +35,9 @@ def print_summary(result: GlueResult, report: Path | None, console: Console) -> 
     for expert in decisions["experts"]:
         mark = "[green]expert[/]  " if expert["kept"] else "[dim]left out[/]"
         console.print(f"{mark} [bold]{escape(expert['name'])}[/]  [dim]{escape(expert['reason'])}[/]")
+    if warnings := _warnings(zoo, families, decisions):
+        console.print()
+        print_warnings(console, warnings)
     console.print()
     console.print(_table(result.results, result.outcome))
     console.print()
@@ -50,6 +57,15 @@ def print_summary(result: GlueResult, report: Path | None, console: Console) -> 
 def _outcome(outcome: Mapping[str, Any], experts: Sequence[str]) -> str:
     what = ", ".join(experts) if outcome["kind"] == "mixture" else str(outcome["name"])
     return _NAMES[outcome["kind"]].format(what).rstrip(" of").strip()
+
+
+def _warnings(zoo: Mapping[str, Any], families: Mapping[str, Any], decisions: Mapping[str, Any]) -> list[str]:
+    """Everything that a step of the run warned of, in the order of the steps, each once."""
+    found = [*zoo["warnings"], *families["warnings"]]
+    found += [warning for row in decisions["ranking"] for warning in row.get("warnings", [])]
+    found += [warning for family in decisions["families"] for strategy in family["strategies"] for warning in strategy["warnings"]]
+    found += (decisions["router"] or {}).get("warnings", [])
+    return list(dict.fromkeys(found))
 
 
 def _print_family(family: Mapping[str, Any], console: Console) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint import Checkpoint
@@ -76,9 +77,10 @@ class CandidateEvaluator:
     def evaluate(self, candidate: Candidate) -> Scores:
         """Per-item scores; computes only what the store does not have."""
         identity = self.identity(candidate)
-        return score_text_model(
+        scores = score_text_model(
             self._live(candidate, identity), identity, self._task_set, self._store, description=candidate.key, on_batch=self._on_batch
         )
+        return replace(scores, warnings=tuple(f"{_name(candidate)}: {warning}" for warning in scores.warnings))
 
     def identity(self, candidate: Candidate) -> str:
         """SHA-256 (hex) that changes with any member's content, any coefficient (at 1e-6), the method, or the stored dtype.
@@ -99,6 +101,12 @@ class CandidateEvaluator:
             return self._checkpoints[candidate.members[0]]
         recipe = linear_recipe(candidate.members, candidate.weights, self._store_dtype)
         return build(recipe, resolve=self._checkpoints.__getitem__)
+
+
+def _name(candidate: Candidate) -> str:
+    if len(candidate.members) == 1:
+        return candidate.members[0]
+    return " + ".join(f"{weight:.4g} {alias}" for alias, weight in zip(candidate.members, candidate.weights, strict=True))
 
 
 def _shape(checkpoint: Checkpoint) -> str:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modelglue.checkpoint import Checkpoint, open_checkpoint
+from modelglue.checkpoint import Checkpoint, SafetensorsCheckpoint, open_checkpoint
 from modelglue.errors import UserError
 from modelglue.evaluation import CandidateEvaluator, ResidentModel, ScoreStore, TaskSet, leak_check, score_text_model
 from modelglue.glue.run_folder import RunFolder
 from modelglue.glue.schema import GlueFile
+from modelglue.models import check_fit, load_tokenizer
 from modelglue.recipe import Candidate, Recipe, Scores, build, linear_recipe
 from modelglue.zoo import ZooModel
 
@@ -91,7 +92,7 @@ class Bench:
 
     def materialise(self, candidate: Candidate, references: Mapping[str, str]) -> Checkpoint:
         """The merge as an expression whose recipe names the models by reference."""
-        opened = {references[alias]: checkpoint for alias, checkpoint in self.checkpoints.items() if alias in references}
+        opened = {references[alias]: renamed(self.checkpoints[alias], references[alias]) for alias in candidate.members}
         return build(self.recipe_of(candidate, references), resolve=opened.__getitem__)
 
     def _on_batch(self, task: str, items: int) -> None:
@@ -106,12 +107,16 @@ def open_bench(file: GlueFile, folder: Path, emit: Listener) -> Bench:
     for model in file.zoo.models:
         if model.adapter is not None or model.dtype is not None:
             raise UserError(f"zoo model '{model.alias}': adapter and dtype are not supported yet. Fold or convert the model first.")
-        reference = f"{model.id}@{model.revision}" if model.revision else model.id
-        checkpoints[model.alias] = open_checkpoint(reference, relative_to=folder)
+        checkpoints[model.alias] = open_checkpoint(reference_of(model), relative_to=folder)
     base = None
     if file.zoo.base is not None:
-        base = "base" if "base" not in checkpoints else "zoo-base"
+        base = "base"
+        while base in checkpoints:
+            base = f"zoo-{base}"
         checkpoints[base] = open_checkpoint(file.zoo.base, relative_to=folder)
+    for checkpoint in checkpoints.values():
+        check_fit(checkpoint)
+        load_tokenizer(checkpoint)
     include = folder / file.tasks.include if file.tasks.include is not None else None
     tasks = {split: TaskSet.load(getattr(file.tasks, split), include) for split in SPLITS if getattr(file.tasks, split)}
     leak_check(tasks)
@@ -123,6 +128,17 @@ def open_bench(file: GlueFile, folder: Path, emit: Listener) -> Bench:
             )
     models = {model.alias: model for model in file.zoo.models}
     return Bench(file, folder, checkpoints, models, base, tasks, emit)
+
+
+def renamed(checkpoint: Checkpoint, reference: str) -> Checkpoint:
+    """The same model on disk under another name, which recipes and cards made from it then give."""
+    assert isinstance(checkpoint, SafetensorsCheckpoint), "a zoo is made of models on disk"
+    return SafetensorsCheckpoint(checkpoint.path, reference)
+
+
+def reference_of(model: ZooModel) -> str:
+    """What the zoo file calls a model, with its revision."""
+    return f"{model.id}@{model.revision}" if model.revision else model.id
 
 
 def run_key(bench: Bench) -> str:

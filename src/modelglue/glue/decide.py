@@ -8,22 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelglue.glue.bench import Bench
+from modelglue.checkpoint import Checkpoint
+from modelglue.errors import CheckpointError
+from modelglue.glue.bench import Bench, reference_of
 from modelglue.glue.experts import Verdict, choose_experts
 from modelglue.recipe import Candidate, interval, paired_interval
 from modelglue.search import Selection, select
+from modelglue.settings import CHUNK_ELEMENTS
 from modelglue.zoo import Similarity, find_families, groups, signature, similarity
 
 
 def describe_zoo(bench: Bench) -> dict[str, Any]:
-    """zoo.json: who is in the zoo, and whose contents are equal."""
+    """zoo.json: who is in the zoo, and whose contents are equal. Reads every weight once: CheckpointError for one that is no number."""
+    for checkpoint in bench.checkpoints.values():
+        check_values(checkpoint)
     models = []
     for alias in bench.members:
         checkpoint, model = bench.checkpoints[alias], bench.models[alias]
         models.append(
             {
                 "alias": alias,
-                "reference": model.id,
+                "reference": reference_of(model),
                 "identity": checkpoint.identity,
                 "architecture": next(iter(checkpoint.config.get("architectures") or []), None),
                 "parameters": sum(checkpoint.info(name).numel for name in checkpoint.names()),
@@ -39,6 +44,17 @@ def describe_zoo(bench: Bench) -> dict[str, Any]:
         if twin != entry["alias"]:
             warnings.append(f"'{entry['alias']}' and '{twin}' are the same model, byte for byte.")
     return {"name": bench.file.zoo.name, "base": bench.base, "models": models, "warnings": warnings}
+
+
+def check_values(checkpoint: Checkpoint) -> None:
+    """CheckpointError naming model and tensor for values that are NaN or infinite: they would spoil every merge without a word."""
+    for name in checkpoint.names():
+        for start, stop in checkpoint.pieces(name, CHUNK_ELEMENTS):
+            values = checkpoint.read(name, start, stop)
+            if values.is_floating_point() and not bool(values.float().isfinite().all()):
+                raise CheckpointError(
+                    f"{checkpoint!r}: tensor '{name}' holds values that are NaN or infinite. Leave the model out, or restore its weights."
+                )
 
 
 def similarity_of_zoo(bench: Bench, path: Path) -> Similarity:
@@ -71,7 +87,8 @@ def rank(bench: Bench) -> list[dict[str, Any]]:
     rows = []
     for alias in bench.members:
         scores = bench.score(Candidate.single(alias), "proxy")
-        rows.append({"alias": alias, "score": scores.mean, "interval": list(interval(scores)), "tasks": scores.tasks()})
+        row = {"alias": alias, "score": scores.mean, "interval": list(interval(scores)), "tasks": scores.tasks()}
+        rows.append({**row, "warnings": list(scores.warnings)})
     return sorted(rows, key=lambda row: -row["score"])
 
 
@@ -153,7 +170,7 @@ def verdicts(bench: Bench, representatives: Sequence[Representative]) -> list[Ve
 def references_from(bench: Bench, folder: Path) -> dict[str, str]:
     """How a file in `folder` refers to the zoo's models: relative paths for local ones, hub ids as they are."""
     result = {}
-    names = {alias: model.id for alias, model in bench.models.items()}
+    names = {alias: reference_of(model) for alias, model in bench.models.items()}
     if bench.base is not None:
         names[bench.base] = str(bench.file.zoo.base)
     for alias, name in names.items():

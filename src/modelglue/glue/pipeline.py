@@ -96,7 +96,9 @@ def _walk(bench: Bench, run: RunFolder, workers: int | None) -> None:
     for r in representatives:
         if r.is_merge and not (folder / r.name).is_dir():
             with run.timed(f"write {r.name}"):
-                save(bench.materialise(r.candidate, decide.references_from(bench, folder)), folder / r.name, workers=workers)
+                # Its recipe names the models as they are seen from where the recipe will stand.
+                references = decide.references_from(bench, folder / r.name)
+                save(bench.materialise(r.candidate, references), folder / r.name, workers=workers)
 
     begin("mixture")
     verdicts = decide.verdicts(bench, representatives)

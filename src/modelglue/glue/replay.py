@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from modelglue.checkpoint import save, write_bytes_atomic, yaml_text
+from modelglue.checkpoint import open_checkpoint, save, write_bytes_atomic, yaml_text
+from modelglue.errors import UserError
+from modelglue.glue.bench import Bench, renamed
 from modelglue.glue.run_folder import RunFolder, open_run
 from modelglue.mixture import ExpertSpec, Manifest, RouterSpec, write_mixture
 from modelglue.recipe import Document, Recipe, build, canonical, read_recipe
 
 if TYPE_CHECKING:
-    from modelglue.glue.bench import Bench
     from modelglue.glue.decide import Representative
 
 RECIPE = "recipe.yaml"
@@ -58,13 +59,14 @@ class MixturePlan(Planned):
     def write(self, root: Path, directory: Path) -> None:
         """Write the mixture folder; references are taken from `root`."""
         experts = [
-            ExpertSpec(name=e.name, path=root / e.model, domain=e.domain, positive=e.positive, negative=e.negative) for e in self.experts
+            ExpertSpec(name=e.name, path=_path(root, e.model), domain=e.domain, positive=e.positive, negative=e.negative)
+            for e in self.experts
         ]
         router = RouterSpec(
             gate_mode=self.gate_mode, router_layer=self.router_layer, temperature=self.temperature,
             route_span=self.route_span, seed=self.seed,
         )  # fmt: skip
-        write_mixture(directory, experts, router, encoder=root / self.encoder, pack=self.pack)
+        write_mixture(directory, experts, router, encoder=_path(root, self.encoder), pack=self.pack)
 
     def decided(self, manifest: Manifest) -> MixturePlan:
         """The plan with what was left to `auto` as it was decided."""
@@ -72,13 +74,8 @@ class MixturePlan(Planned):
 
     def moved(self, old: Path, new: Path) -> MixturePlan:
         """The same plan for a run folder elsewhere: what stands inside the run stays, what stands outside is found from there."""
-
-        def move(reference: str) -> str:
-            inside = reference.startswith("representatives/")
-            return reference if inside else os.path.relpath((old / reference).resolve(), new.resolve())
-
-        experts = tuple(e.model_copy(update={"model": move(e.model)}) for e in self.experts)
-        return self.model_copy(update={"experts": experts, "encoder": move(self.encoder)})
+        experts = tuple(e.model_copy(update={"model": _seen_from(e.model, old, new)}) for e in self.experts)
+        return self.model_copy(update={"experts": experts, "encoder": _seen_from(self.encoder, old, new)})
 
 
 class ReplayBody(Planned):
@@ -86,6 +83,8 @@ class ReplayBody(Planned):
 
     representatives: dict[str, Recipe]
     mixture: MixturePlan | None = None
+    contents: dict[str, str]
+    """Reference of every model of the zoo that is needed -> what it was then (SHA-256)."""
     outcome: dict[str, Any]
 
 
@@ -107,11 +106,15 @@ def write_replay(
     from modelglue.glue.decide import references_from
 
     references = references_from(bench, run.root)
+    merged = [r for r in representatives if r.is_merge]
+    needed = {references[alias] for r in merged for alias in r.candidate.members}
+    needed |= {place for place in ([e.model for e in plan.experts] + [plan.encoder] if plan is not None else []) if not _inside(place)}
     value = {
         "format": "modelglue/1",
         "replay": {
-            "representatives": {r.name: canonical(bench.recipe_of(r.candidate, references)) for r in representatives if r.is_merge},
+            "representatives": {r.name: canonical(bench.recipe_of(r.candidate, references)) for r in merged},
             "mixture": plan.model_dump(mode="json") if plan is not None else None,
+            "contents": {name: bench.checkpoints[alias].identity for alias, name in references.items() if name in needed},
             "outcome": dict(outcome),
         },
     }
@@ -119,27 +122,53 @@ def write_replay(
 
 
 def rebuild(replay: Replay, folder: Path, root: Path, *, overwrite: bool, workers: int | None) -> dict[str, Any]:
-    """Write representatives and mixture again, in a new folder, scoring nothing."""
+    """Write representatives and mixture again, in a new folder, scoring nothing.
+
+    UserError if a model of the zoo is not what it was when the recipe was written: the result would silently be another.
+    """
+    body = replay.replay
     key = hashlib.sha256(json.dumps(replay.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+    models = {name: open_checkpoint(_path(folder, name)) for name in body.contents}
+    for name, checkpoint in models.items():
+        if checkpoint.identity != body.contents[name]:
+            raise UserError(
+                f"'{name}': is not the model that the recipe was made with "
+                f"({checkpoint.identity[:12]} instead of {body.contents[name][:12]}). Restore it, or run the glue file again."
+            )
     with open_run(root, key, overwrite=overwrite) as run:
         target = run.path("representatives")
         target.mkdir(exist_ok=True)
-        for name, recipe in replay.replay.representatives.items():
+        for name, recipe in body.representatives.items():
             if not (target / name).is_dir():
-                moved = _moved(recipe, folder, target)
-                save(build(moved, relative_to=target), target / name, workers=workers)
-        plan = replay.replay.mixture
-        if plan is not None and not run.path("mixture").is_dir():
-            plan.moved(folder, root).write(root, run.path("mixture"))
+                places = {_seen_from(reference, folder, target / name): checkpoint for reference, checkpoint in models.items()}
+                opened = {place: renamed(checkpoint, place) for place, checkpoint in places.items()}
+                save(build(_moved(recipe, folder, target / name), resolve=opened.__getitem__), target / name, workers=workers)
+        if body.mixture is not None and not run.path("mixture").is_dir():
+            body.mixture.moved(folder, root).write(root, run.path("mixture"))
         run.finish()
-    return dict(replay.replay.outcome)
+    return dict(body.outcome)
 
 
 def _moved(recipe: Recipe, old: Path, new: Path) -> Recipe:
     """The recipe as it reads from the folder `new`."""
     value = canonical(recipe)
     for entry in value["models"]:
-        local = old / entry["model"]
-        if local.exists():
-            entry["model"] = os.path.relpath(local.resolve(), new.resolve())
+        entry["model"] = _seen_from(entry["model"], old, new)
     return read_recipe(value)
+
+
+def _inside(reference: str) -> bool:
+    """Whether a reference of a recipe.yaml is to something that the run itself has made."""
+    return reference.startswith("representatives/")
+
+
+def _path(folder: Path, reference: str) -> Path:
+    """What a reference of the recipe.yaml in `folder` means: a path from there, or a hub id."""
+    local = folder / reference
+    return local if _inside(reference) or reference.startswith(".") or local.exists() else Path(reference)
+
+
+def _seen_from(reference: str, old: Path, new: Path) -> str:
+    """A reference of the recipe.yaml in the folder `old` as it reads in the folder `new`."""
+    path = _path(old, reference)
+    return reference if _inside(reference) or not path.exists() else os.path.relpath(path.resolve(), new.resolve())

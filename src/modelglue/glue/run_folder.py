@@ -36,7 +36,10 @@ class RunFolder:
     def read_json(self, name: str) -> Any | None:
         """The parsed file, or None when this step has not been finished yet."""
         path = self.root / name
-        return json.loads(path.read_text()) if path.is_file() else None
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except ValueError as error:  # ours are written whole: somebody else was here
+            raise UserError(f"{path}: is not JSON any more ({error}). Remove it, and the run makes it again.") from error
 
     def write_json(self, name: str, value: Any) -> None:
         write_json_atomic(self.root / name, value)
@@ -105,7 +108,7 @@ def open_run(root: Path, key: str, *, overwrite: bool) -> Iterator[RunFolder]:
 def _locked(root: Path) -> Iterator[None]:
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = (root / LOCK).open("w")
+        lock = (root / LOCK).open("a")
     except OSError as error:
         raise UserError(f"{root}: cannot be written ({error.strerror}). Choose a folder you may write to.") from error
     with lock:

@@ -5,11 +5,15 @@ Every group mirrors one line of the parameter table of the recipe; unknown keys 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from modelglue.zoo import Zoo
+
+#: names of what a run makes: the mixture, and the merge of a family
+_TAKEN = re.compile(r"mixture|family-\d+")
 
 
 class Group(BaseModel):
@@ -106,6 +110,13 @@ class GlueFile(Group):
     router: RouterOptions = RouterOptions()
     dtype: DtypeOptions = DtypeOptions()
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _aliases_are_free(self) -> GlueFile:
+        for model in self.zoo.models:
+            if _TAKEN.fullmatch(model.alias):
+                raise ValueError(f"the alias '{model.alias}' (of id '{model.id}') is what a result is called; give the model another alias")
+        return self
 
     @model_validator(mode="after")
     def _encoder_is_known(self) -> GlueFile:
