@@ -18,7 +18,8 @@ SMALL = {"proxy": 20, "confirmation": 20, "test": 30}
 #: name -> how the run differs from the plain one
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "many": {"models": 40, "items": SMALL},
+    "small": {"items": SMALL},
+    "many": {"models": 40, "items": {"proxy": 10, "confirmation": 10, "test": 20}},
     "one-family": {"models": 8, "items": {"proxy": 20}},
     "one-model": {"models": 1, "items": SMALL, "base": None},
     "no-test": {"items": {"proxy": 20, "confirmation": 20}},
@@ -28,7 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
 HOSTILE = {
     "reverse": "<script>alert('x')</script>",
     "sort": "a\"b'c&d<e>&amp;",
-    "next": "名前 🦙 ünï\u202edrawkcab\u0000\ud800",
+    "next": "名前 🦙 ünï\u202edrawkcab\u0000",
     "generalist": "x" * 300,
     "drifted": "]]></title></style></svg>--> <!-- ",
     "stranger": "{{ 7 * 7 }} {% raw %} ${7}",
@@ -46,7 +47,9 @@ class Runs:
     def folder(self, kind: str) -> Path:
         run = self.root / kind
         if not run.exists():
-            options = KINDS[kind] if kind in KINDS else {"rename": HOSTILE, "skills": HOSTILE_SKILLS, "name": HOSTILE["reverse"]}
+            options = (
+                KINDS[kind] if kind in KINDS else {"rename": HOSTILE, "skills": HOSTILE_SKILLS, "name": HOSTILE["reverse"], "items": SMALL}
+            )
             write_fake_run(run, **options)
             write_report(run)
         return run

@@ -22,7 +22,7 @@ from modelglue.glue import decide, mix
 from modelglue.glue.schema import ClusterOptions, MixtureOptions, SelectOptions
 from modelglue.mixture import SelfTest
 from modelglue.recipe import Candidate, Scores
-from modelglue.zoo import Similarity, find_families
+from modelglue.zoo import Similarity, ZooModel, find_families
 
 SKILLS = ("reverse", "sort", "next", "larger", "double")
 HOME = {"reverse": 0, "reverse-twin": 0, "sort": 0, "sort-twin": 0, "next": 0, "larger": 0, "generalist": 0, "corrupted": 0,
@@ -126,18 +126,10 @@ class FakeMixture:
         )  # fmt: skip
 
 
-class FakeCheckpoint:
-    """One tensor, as far as the description of the zoo looks."""
-
-    def __init__(self, alias: str) -> None:
-        self.identity = hashlib.sha256(alias.encode()).hexdigest()
-        self.config = {"architectures": ["LlamaForCausalLM"]}
-
-    def names(self) -> list[str]:
-        return ["weight"]
-
-    def info(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(numel=541_056, nbytes=2_164_224)
+def checkpoint_of(alias: str) -> TensorsCheckpoint:
+    """Weights that are unlike anybody else's."""
+    weight = torch.full((541, 1000), _number(alias) / 2**32)
+    return TensorsCheckpoint({"weight": weight}, {"architectures": ["LlamaForCausalLM"]}, label=alias)
 
 
 @dataclass
@@ -160,14 +152,17 @@ class FakeBench:
         return {split: FakeEvaluator(split, tasks.skills, self.plain, self.blending) for split, tasks in self.tasks.items()}
 
     @cached_property
-    def models(self) -> dict[str, SimpleNamespace]:
+    def models(self) -> dict[str, ZooModel]:
         skills = list(self.tasks["proxy"].skills)
         domain = {alias: [skills[GOOD_AT[alias]] if alias in GOOD_AT else "general"] for alias in self.names}
-        return {shown: SimpleNamespace(id=f"models/{shown}", domain=domain[alias], prompts=None) for alias, shown in self.names.items()}
+        # without validation: names may be hostile
+        return {
+            shown: ZooModel.model_construct(id=f"models/{shown}", alias=shown, domain=domain[alias]) for alias, shown in self.names.items()
+        }
 
-    @property
-    def checkpoints(self) -> dict[str, FakeCheckpoint]:
-        return {alias: FakeCheckpoint(alias) for alias in self.members}
+    @cached_property
+    def checkpoints(self) -> dict[str, TensorsCheckpoint]:
+        return {alias: checkpoint_of(alias) for alias in self.members}
 
     @property
     def members(self) -> list[str]:
@@ -287,7 +282,7 @@ def _walk(bench: Any, matrix: Any, astray: int) -> Iterator[tuple[str, Any]]:
         },
     )
     results = mix.final_results(bench, representatives, verdicts, mixture, outcome)
-    yield "results.json", {**results, "cost": {"candidates": 204, "items_scored": 81_340, "bytes_read": 2_164_224 * len(bench.members)}}
+    yield "results.json", {**results, "cost": {"candidates": 204, "items_scored": 81_340, "bytes_read": 2_164_000 * len(bench.members)}}
 
 
 def _mixture(representatives: Sequence[Any], verdicts: Sequence[Any], astray: int) -> Any:

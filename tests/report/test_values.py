@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from modelglue.report.page import render
+from modelglue.report.read import read_run
 from modelglue.zoo import Similarity
 from tests.report.conftest import Runs
-from tests.report.tree import Node
+from tests.report.tree import Node, parse
 
 KINDS = ("plain", "many", "one-family", "no-test", "bad-merges", "bad-mixture")
 KIND_NAMES = {"base": "base", "single": "single model", "average": "uniform average", "representative": "merge", "mixture": "mixture"}
@@ -255,6 +258,16 @@ def test_ranking_agrees_with_decisions(runs: Runs, kind: str) -> None:
         assert_drawn(plot, scale, row["score"], row["interval"])
 
 
+def test_warnings_of_scores_stand_under_the_ranking(runs: Runs) -> None:
+    data = read_run(runs.folder("small"))
+    assert data.decisions is not None
+    ranking = [{**row, "warnings": ["prompts were cut."] if row["alias"] in ("sort", "next") else []} for row in data.decisions["ranking"]]
+    page = parse(render(replace(data, decisions={**data.decisions, "ranking": ranking})))
+    order = [row["alias"] for row in ranking if row["warnings"]]
+    assert [item.text for item in page.by_id("ranking").one("div", "note").all("li")] == [f"{alias}: prompts were cut." for alias in order]
+    assert not runs.page("small").by_id("ranking").all("div", "note")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_coefficients_agree_with_decisions(runs: Runs, kind: str) -> None:
     decisions = runs.json(kind, "decisions")
@@ -411,7 +424,7 @@ def test_zoo_and_cost(runs: Runs) -> None:
         assert cells[-1].attributes["title"] == model["identity"]
     cost = page.by_id("cost")
     assert [fact.text for fact in cost.all("dd", "value")] == ["204", "81\u202f340", "23.8 MB"]
-    assert results["cost"]["bytes_read"] == 23_806_464
+    assert results["cost"]["bytes_read"] == 23_804_000
 
 
 def test_times_come_from_the_log(runs: Runs) -> None:
@@ -427,7 +440,7 @@ def test_times_come_from_the_log(runs: Runs) -> None:
         ("final comparison", "41.0 s"),
         ("together", "3 min 17 s"),
     ]
-    assert cost.one("p", "finding").text == "3 min 17 s in all, most of it in selection (67.6 %)."
+    assert cost.one("p", "finding").text == "3 min 17 s in all, the largest part in selection (67.6 %)."
     assert "3 batches scored. First entry 2027-01-15 08:00:00 UTC, last 2027-01-15 08:03:20 UTC." in cost.text
 
 

@@ -20,7 +20,11 @@ def results(found: Mapping[str, Any], outcome: Mapping[str, Any]) -> str:
     if not others:
         return "There is no other model to compare the result with."
     judged = [verdict(row["result_minus"][1:]) for row in others]
-    parts = [f"better than {judged.count('better')} of the {len(others)} others" if set(judged) != {"better"} else _all(len(others))]
+    parts = []
+    if "better" in judged:
+        parts.append(
+            _all(len(others)) if set(judged) == {"better"} else f"better than {judged.count('better')} of the {len(others)} others"
+        )
     for kind, words in (("undecided", "not to be told apart from"), ("worse", "worse than")):
         if kind in judged:
             parts.append(f"{words} {_names([row['name'] for row, one in zip(others, judged, strict=True) if one == kind])}")
@@ -50,7 +54,7 @@ def families(found: Mapping[str, Any]) -> str:
         return f"{start} Any threshold from {text.similarity(across)} to {text.similarity(min(inside))} gives the same."
     return (
         f"{start} The strongest pair across families ({text.similarity(across)}) is no less similar than the weakest pair inside one "
-        f"({text.similarity(min(inside))}): the families depend on linkage and threshold."
+        f"({text.similarity(min(inside))}): the threshold alone does not make the families."
     )
 
 
@@ -106,7 +110,7 @@ def cost(times: Mapping[str, Any]) -> str | None:
     if len(rows) == 1:
         return f"{times['total']} in all."
     longest = max(rows, key=lambda row: row["seconds"])
-    return f"{times['total']} in all, most of it in {longest['name']} ({longest['share']})."
+    return f"{times['total']} in all, the largest part in {longest['name']} ({longest['share']})."
 
 
 def _names(names: Sequence[str]) -> str:

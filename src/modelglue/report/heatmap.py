@@ -27,6 +27,20 @@ _NUMBERS = 30.0
 """Cells of at least this size hold their number."""
 
 
+_WEIGHTS = {"all": "attention and feed-forward", "attn": "attention", "mlp": "feed-forward"}
+_MEASURE = {"column": "Mean cosine of columns", "tensor": "Mean cosine of tensors", "global": "One cosine over everything"}
+
+
+def view(found: Similarity, families: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The picture, and what is measured."""
+    return {
+        "heatmap": heatmap(found, families),
+        "lowest": lowest(found),
+        "weights": _WEIGHTS.get(found.scope, found.scope),
+        "measure": _MEASURE.get(found.mode, found.mode),
+    }
+
+
 def heatmap(found: Similarity, families: Mapping[str, Any] | None) -> Markup:
     """Two scales meet at the threshold: greys below it, the accent colour above, so that families are seen at a glance."""
     layout = _Layout([family["members"] for family in families["families"]] if families else [list(found.labels)], bool(families))

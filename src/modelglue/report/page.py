@@ -7,6 +7,7 @@ policy lets no script run but the one below, and nothing be loaded.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ _TEMPLATES = Path(__file__).parent / "templates"
 def write_report(run: Path) -> Path:
     """Write report.html in the run folder, as far as the run has come; returns its path.
 
-    Equal JSON files give an equal page, but for the section on time, which shows log.jsonl. Raises UserError for a folder that is
-    no run, or where nothing was measured yet.
+    Equal JSON files give an equal page, but for what log.jsonl says: the times, and how far an unfinished run is. Raises UserError for a
+    folder that is no run, where nothing was measured yet, or with a broken file.
     """
     path = run / REPORT
     write_bytes_atomic(path, render(read_run(run)).encode())
@@ -36,6 +37,15 @@ def write_report(run: Path) -> Path:
 
 
 def render(data: RunData) -> str:
+    script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
+    style = (_TEMPLATES / "page.css").read_text(encoding="utf-8")
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src '{_digest(script)}'"
+    return _template().render(version=__version__, style=Markup(style), script=Markup(script), policy=policy, **_views(data))
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    """The page's template, compiled once per process."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, finalize=_showable,
@@ -44,12 +54,7 @@ def render(data: RunData) -> str:
         score=text.score, gain=text.gain, interval=text.interval, similarity=text.similarity, count=text.count,
         parameters=text.parameters, size=text.size, listed=text.listed, number_of=text.number_of,
     )  # fmt: skip
-    script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
-    style = (_TEMPLATES / "page.css").read_text(encoding="utf-8")
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src '{_digest(script)}'"
-    return environment.get_template("page.html").render(
-        version=__version__, style=Markup(style), script=Markup(script), policy=policy, **_views(data)
-    )
+    return environment.get_template("page.html")
 
 
 def _views(data: RunData) -> dict[str, Any]:
@@ -92,8 +97,7 @@ def _families(data: RunData) -> dict[str, Any] | None:
         "finding": findings.families(data.families) if data.families else None,
         "found": data.families,
         "similarity": data.similarity,
-        "heatmap": heatmap.heatmap(data.similarity, data.families) if data.similarity is not None else None,
-        "lowest": heatmap.lowest(data.similarity) if data.similarity is not None else None,
+        **(heatmap.view(data.similarity, data.families) if data.similarity is not None else {"heatmap": None}),
     }
 
 

@@ -150,7 +150,8 @@ def ranking(decisions: Mapping[str, Any], families: Mapping[str, int]) -> dict[s
         }
         for rank, row in enumerate(rows, start=1)
     ]
-    return {"skills": skills, "rows": shown, "low": low, "high": high, "axis": axis, "dense": dense}
+    warnings = [f"{row['alias']}: {warning}" for row in rows for warning in row.get("warnings", ())]
+    return {"skills": skills, "rows": shown, "low": low, "high": high, "axis": axis, "dense": dense, "warnings": warnings}
 
 
 def bounds(values: list[float]) -> tuple[float, float]:
