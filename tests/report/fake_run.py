@@ -128,7 +128,7 @@ class FakeMixture:
 
 def checkpoint_of(alias: str) -> TensorsCheckpoint:
     """Weights that are unlike anybody else's."""
-    weight = torch.full((541, 1000), _number(alias) / 2**32)
+    weight = torch.full((5_410,), _number(alias) / 2**32)
     return TensorsCheckpoint({"weight": weight}, {"architectures": ["LlamaForCausalLM"]}, label=alias)
 
 
@@ -282,7 +282,7 @@ def _walk(bench: Any, matrix: Any, astray: int) -> Iterator[tuple[str, Any]]:
         },
     )
     results = mix.final_results(bench, representatives, verdicts, mixture, outcome)
-    yield "results.json", {**results, "cost": {"candidates": 204, "items_scored": 81_340, "bytes_read": 2_164_000 * len(bench.members)}}
+    yield "results.json", {**results, "cost": {"candidates": 204, "items_scored": 81_340, "bytes_read": 21_640 * len(bench.members)}}
 
 
 def _mixture(representatives: Sequence[Any], verdicts: Sequence[Any], astray: int) -> Any:

@@ -418,13 +418,13 @@ def test_zoo_and_cost(runs: Runs) -> None:
     zoo, results, page = runs.json("plain", "zoo"), runs.json("plain", "results"), runs.page("plain")
     for cells, model in zip(page.by_id("zoo").one("table").rows(), zoo["models"], strict=True):
         assert [cell.text for cell in cells] == [
-            *(model["alias"], model["architecture"], "541 k", "2.2 MB"),
+            *(model["alias"], model["architecture"], "5.41 k", "21.6 kB"),
             *(", ".join(model["domain"]), model["reference"], model["identity"][:10]),
         ]
         assert cells[-1].attributes["title"] == model["identity"]
     cost = page.by_id("cost")
-    assert [fact.text for fact in cost.all("dd", "value")] == ["204", "81\u202f340", "23.8 MB"]
-    assert results["cost"]["bytes_read"] == 23_804_000
+    assert [fact.text for fact in cost.all("dd", "value")] == ["204", "81\u202f340", "238.0 kB"]
+    assert results["cost"]["bytes_read"] == 238_040
 
 
 def test_times_come_from_the_log(runs: Runs) -> None:
