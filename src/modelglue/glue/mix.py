@@ -34,7 +34,9 @@ def plan_mixture(bench: Bench, run: RunFolder, kept: Sequence[tuple[Representati
         )
     options = bench.file.router
     largest = max(range(len(kept)), key=lambda i: (len(kept[i][0].members), -i))
-    encoder = experts[largest].model if options.encoder is None else references[options.encoder]
+    encoder: str | None = None
+    if options.encoder != "auto":
+        encoder = experts[largest].model if options.encoder is None else references[options.encoder]
     return MixturePlan(
         experts=tuple(experts), encoder=encoder, gate_mode=options.gate_mode, router_layer=options.router_layer,
         temperature=options.temperature, route_span=options.route_span, seed=bench.file.seed, pack=bench.file.mixture.pack,

@@ -48,7 +48,8 @@ class MixturePlan(Planned):
     """All that a mixture folder is a function of, besides the weights."""
 
     experts: tuple[PlannedExpert, ...]
-    encoder: str
+    encoder: str | None
+    """Like an expert's model; None until it is decided which expert knows the prompts best."""
     gate_mode: Literal["hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "auto"] = "hidden"
     router_layer: int | Literal["auto"] = 0
     temperature: float = 1.0
@@ -66,16 +67,24 @@ class MixturePlan(Planned):
             gate_mode=self.gate_mode, router_layer=self.router_layer, temperature=self.temperature,
             route_span=self.route_span, seed=self.seed,
         )  # fmt: skip
-        write_mixture(directory, experts, router, encoder=_path(root, self.encoder), pack=self.pack)
+        encoder = None if self.encoder is None else _path(root, self.encoder)
+        write_mixture(directory, experts, router, encoder=encoder, pack=self.pack)
+
+    def places(self) -> list[str]:
+        """Every model that the mixture is made of, its encoder included."""
+        return [expert.model for expert in self.experts] + ([self.encoder] if self.encoder is not None else [])
 
     def decided(self, manifest: Manifest) -> MixturePlan:
         """The plan with what was left to `auto` as it was decided."""
-        return self.model_copy(update={"gate_mode": manifest.gate_mode, "router_layer": manifest.router_layer})
+        encoder = self.encoder
+        if encoder is None:
+            encoder = self.experts[[expert.reference for expert in manifest.experts].index(manifest.encoder)].model
+        return self.model_copy(update={"gate_mode": manifest.gate_mode, "router_layer": manifest.router_layer, "encoder": encoder})
 
     def moved(self, old: Path, new: Path) -> MixturePlan:
         """The same plan for a run folder elsewhere: what stands inside the run stays, what stands outside is found from there."""
         experts = tuple(e.model_copy(update={"model": _seen_from(e.model, old, new)}) for e in self.experts)
-        return self.model_copy(update={"experts": experts, "encoder": _seen_from(self.encoder, old, new)})
+        return self.model_copy(update={"experts": experts, "encoder": self.encoder and _seen_from(self.encoder, old, new)})
 
 
 class ReplayBody(Planned):
@@ -108,7 +117,7 @@ def write_replay(
     references = references_from(bench, run.root)
     merged = [r for r in representatives if r.is_merge]
     needed = {references[alias] for r in merged for alias in r.candidate.members}
-    needed |= {place for place in ([e.model for e in plan.experts] + [plan.encoder] if plan is not None else []) if not _inside(place)}
+    needed |= {place for place in (plan.places() if plan is not None else []) if not _inside(place)}
     value = {
         "format": "modelglue/1",
         "replay": {

@@ -81,7 +81,7 @@ class RouterOptions(Group):
     """The training-free linear router."""
 
     encoder: str | None = None
-    """Alias of the model behind the router; default: the representative of the largest family."""
+    """Alias of the model behind the router; default: the representative of the largest family; `auto`: the expert that does best."""
     gate_mode: Literal["hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "auto"] = "hidden"
     router_layer: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
     """Layer of the encoder whose states are routed on; `auto`: the one that knows its prompts best."""
@@ -121,6 +121,6 @@ class GlueFile(Group):
     @model_validator(mode="after")
     def _encoder_is_known(self) -> GlueFile:
         known = [model.alias for model in self.zoo.models]
-        if self.router.encoder is not None and self.router.encoder not in known:
-            raise ValueError(f"router.encoder is '{self.router.encoder}', allowed are the aliases {', '.join(known)}")
+        if self.router.encoder not in (None, "auto", *known):
+            raise ValueError(f"router.encoder is '{self.router.encoder}', allowed are auto and the aliases {', '.join(known)}")
         return self

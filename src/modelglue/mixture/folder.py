@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modelglue.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorsCheckpoint, json_bytes, open_checkpoint, staged, tensor_file
 from modelglue.errors import CheckpointError, UserError
-from modelglue.mixture.router import Reader, best_layer, build_gate
+from modelglue.mixture.router import WITHOUT_PROMPTS, Reader, best_layer, build_gate, knowledge
 from modelglue.mixture.spec import EXPERT_NAME, ROUTE_SPAN, ExpertSpec, GateMode, RouterSpec
 from modelglue.models import check_fit, has_tokenizer, load_live, load_tokenizer
 
@@ -83,21 +84,20 @@ def write_mixture(
     experts: Sequence[ExpertSpec],
     router: RouterSpec,
     *,
-    encoder: Path,
+    encoder: Path | None,
     pack: bool = False,
     overwrite: bool = False,
 ) -> Manifest:
-    """Make a mixture directory. The gate is built from the experts' prompts through `encoder`.
+    """Make a mixture directory. The gate is built from the experts' prompts through `encoder`; None: the expert that does best.
 
     Reads every expert once to hash it (remembered), and runs a few dozen short prompts through the encoder. With `pack` experts
     and encoder are copied into the folder. Raises UserError for experts that cannot be one, or prompts that no router can use.
     """
     directory = Path(directory)
     opened = _open_experts(directory, experts)
-    read = open_checkpoint(encoder)
-    model, tokenizer = load_live(read), load_tokenizer(read)
-    layer = best_layer(model, tokenizer, experts, router) if router.router_layer == "auto" else router.router_layer
-    gate, mode = build_gate(Reader(model, tokenizer, layer), experts, router)
+    built = {path: _build_through(path, experts, router) for path in ([encoder] if encoder is not None else [e.path for e in experts])}
+    encoder = max(built, key=lambda path: built[path].known)  # of equal ones the first
+    read, layer, mode, gate = built[encoder].read, built[encoder].layer, built[encoder].mode, built[encoder].gate
     identities = [checkpoint.identity for checkpoint in opened]
     settings = [
         [expert.name for expert in experts], identities, read.identity, mode, layer, router.temperature, router.route_span,
@@ -132,6 +132,28 @@ def write_mixture(
         (folder / ROUTER).write_bytes(tensor_file(TensorsCheckpoint({"gate": gate})))
         (folder / MANIFEST).write_bytes(json_bytes(manifest.model_dump(mode="json")))
     return manifest
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A gate and the settings that it was made with."""
+
+    read: Checkpoint
+    layer: int
+    mode: str
+    gate: torch.Tensor
+    known: tuple[float, float]
+
+
+def _build_through(encoder: Path, experts: Sequence[ExpertSpec], router: RouterSpec) -> _Built:
+    """The gate through one encoder, with what was left to `auto` decided; the encoder is let go of afterwards."""
+    read = open_checkpoint(encoder)
+    model, tokenizer = load_live(read), load_tokenizer(read)
+    layer = best_layer(model, tokenizer, experts, router) if router.router_layer == "auto" else router.router_layer
+    reader = Reader(model, tokenizer, layer)
+    gate, mode = build_gate(reader, experts, router)
+    known = (0.0, 0.0) if mode in WITHOUT_PROMPTS else knowledge(reader, experts, gate, router.route_span)
+    return _Built(read, layer, mode, gate, known)
 
 
 def _open_experts(directory: Path, experts: Sequence[ExpertSpec]) -> list[Checkpoint]:
