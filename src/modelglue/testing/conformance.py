@@ -148,7 +148,10 @@ def _assert_close(found: Tensors, expected: Mapping[str, torch.Tensor], what: st
     import torch
 
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-6, msg=lambda text, name=name: f"{what}: '{name}': {text}")
+        try:
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-6)
+        except AssertionError as error:
+            raise AssertionError(f"{what}: '{name}': {error}") from None
 
 
 # -- checks -------------------------------------------------------------------------------------------------------------------
