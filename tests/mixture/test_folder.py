@@ -22,7 +22,7 @@ from modelglue.mixture import ExpertSpec, Mixture, Reader, RouterSpec, build_gat
 from modelglue.models import load_live, load_tokenizer
 from tests.conftest import REPOSITORY
 from tests.mixture.making import mixture, two_experts
-from tests.models.tiny import letters, saved_model
+from tests.models.tiny import bigram_model, letters, saved_model
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
@@ -85,6 +85,25 @@ def test_auto_settings_are_written_as_what_they_found(tmp_path: Path) -> None:
     again = RouterSpec(gate_mode=written.gate_mode, router_layer=written.router_layer)
     write_mixture(tmp_path / "again", experts, again, encoder=experts[0].path)
     assert _bytes(tmp_path / "again") == _bytes(tmp_path / "mixture")
+
+
+def test_the_encoder_through_which_prompts_are_known_best(tmp_path: Path) -> None:
+    """Of three experts one has a state per letter, one the same state for all, and one none."""
+    for name, factor in (("letters", 1.0), ("alike", 0.0), ("silent", 0.0)):
+        model = bigram_model({}, letters())
+        with torch.no_grad():
+            model.model.embed_tokens.weight.mul_(factor).add_(1.0 if name == "alike" else 0.0)
+        model.save_pretrained(tmp_path / name)
+        letters().save_pretrained(tmp_path / name)
+    for order in (("letters", "alike", "silent"), ("silent", "alike", "letters")):
+        experts = [ExpertSpec(name, tmp_path / name, (prompt,)) for name, prompt in zip(order, ("a", "b", "c"), strict=True)]
+        assert write_mixture(tmp_path / "mixture", experts, RouterSpec(), encoder=None, overwrite=True).encoder == "../letters"
+    random = RouterSpec(gate_mode="random")
+    assert write_mixture(tmp_path / "mixture", experts, random, encoder=None, overwrite=True).encoder == "../silent"
+    with pytest.raises(UserError, match="router_layer is 1, the encoder has 1 layers"):
+        write_mixture(tmp_path / "mixture", experts, RouterSpec(router_layer=1), encoder=None, overwrite=True)
+    deep = two_experts(tmp_path)
+    assert write_mixture(tmp_path / "mixture", deep, RouterSpec(router_layer=2), encoder=None, overwrite=True).encoder == "../neox"
 
 
 @pytest.mark.parametrize("options", [{"gate_mode": "hidden_avg", "router_layer": 1}, {"gate_mode": "random", "seed": 3}])

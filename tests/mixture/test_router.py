@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from modelglue.errors import UserError
 from modelglue.mixture import DOMAIN_PROMPTS, Encoded, ExpertSpec, Reader, RouterSpec, build_gate, domain_prompts, entering, gate_row
-from modelglue.mixture.router import best_layer
+from modelglue.mixture.router import best_layer, knowledge
 from tests.mixture.making import of, unit_reader
 from tests.models.tiny import LETTERS, bigram_model, letters, pieces, random_model
 
@@ -103,6 +103,17 @@ def test_auto_keeps_the_mode_with_the_larger_worst_margin() -> None:
     gate, mode = build_gate(unit_reader(), [of("a"), of("b")], RouterSpec(gate_mode="auto"))
     assert mode == "hidden"  # what all prompts begin with brings averages closer: margins 0.5 and 0.5 / sqrt 2
     torch.testing.assert_close(gate, torch.stack([_unit("a"), _unit("b")]))
+
+
+def test_knowledge_counts_prompts_before_leads() -> None:
+    """A gate that answers everything alike leads by 0; one that errs on one prompt of four is the better one all the same."""
+    experts = [of("a", "c", name="one"), of("b", "ca", name="two")]
+    some, _ = build_gate(unit_reader(), experts, RouterSpec())
+    # Rows (a + c) / sqrt 2 and (b + a) / sqrt 2: <s>a is a tie, which the first expert wins, and <s>ca goes to the wrong one.
+    found = knowledge(unit_reader(), experts, some, "prompt")
+    assert found == (pytest.approx(0.75), pytest.approx(-1 / 3 / 2**0.5))
+    assert knowledge(unit_reader(), experts, torch.ones(2, 48), "prompt") == (0.5, 0.0)
+    assert found > (0.5, 0.0)
 
 
 def test_auto_layer_finds_where_the_order_of_words_shows() -> None:

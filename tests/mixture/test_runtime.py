@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,16 @@ def test_how_often_experts_are_loaded(residency: str, expected: list[str], tmp_p
         mixed.generate([text], until=[], max_new_tokens=1)
     assert loaded == expected
     assert len(mixed._resident) == (1 if residency == "lru:1" else 2)
+
+
+def test_the_expert_that_was_used_longest_ago_goes(tmp_path: Path) -> None:
+    _letters_mixture(tmp_path)
+    experts = [ExpertSpec(name, tmp_path / path, (name,)) for name, path in (("a", "a"), ("b", "b"), ("c", "c"))]
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    mixed = mixture(tmp_path, experts, residency="lru:2")
+    for text in ("a", "b", "a", "c"):
+        mixed.generate([text], until=[], max_new_tokens=1)
+    assert list(mixed._resident) == ["../a", "../c"]
 
 
 @pytest.mark.parametrize("residency", ["lru:0", "lru:", "lru:-1", "lru:x", "some", "", "lru"])

@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 from modelglue.errors import CheckpointError
 from modelglue.models import LiveTextModel, batches, cached, likelihood
 from modelglue.models.greedy import Stops, decode
-from tests.models.tiny import bigram_model, letters, pieces, random_model
+from tests.models.tiny import bigram_model, bytes_, letters, marked, pieces, random_model
 
 ARCHITECTURES = ["llama", "llama-tied", "gpt_neox", "gpt2", "qwen2", "gemma", "mixtral", "mistral-window"]
 CONTEXTS = [
@@ -425,16 +425,27 @@ def test_batches_are_full() -> None:
     assert batches([]) == []
 
 
-def test_decoding_the_row_is_left_out_only_where_no_stop_string_can_have_ended() -> None:
+_DECODERS = {
+    "pieces": (pieces(), [2, *range(4, 8), *range(48, 53)], "abcx. q\n"),
+    "marked": (marked(), list(range(2, 12)), "ab \né"),
+    "bytes": (bytes_(), [2, *bytes_()("ab \né.", add_special_tokens=False)["input_ids"]], "ab \né."),
+}
+
+
+@pytest.mark.parametrize("kind", _DECODERS)
+def test_decoding_the_row_is_left_out_only_where_no_stop_string_can_have_ended(kind: str) -> None:
     """Against looking at the whole text after every id, for random tokens and stop strings."""
-    tokenizer = pieces()
+    tokenizer, tokens, characters = _DECODERS[kind]
     source = random.Random(0)
-    for _ in range(300):
-        until = ["".join(source.choice("abcx. q\n") for _ in range(source.randint(1, 3))) for _ in range(2)]
+    hits = 0
+    for _ in range(400):
+        until = ["".join(source.choice(characters) for _ in range(source.randint(1, 3))) for _ in range(source.randint(1, 2))]
         stops, ids = Stops(tokenizer, until), []
-        while len(ids) < 12:
-            ids.append(source.choice([2, *range(4, 8), *range(48, 53)]))
+        for _ in range(12):
+            ids.append(source.choice(tokens))
             reached = any(stop in decode(tokenizer, ids) for stop in until)
             assert stops.reached(ids) == reached, (until, ids)
             if reached:
+                hits += 1
                 break
+    assert hits > 100

@@ -74,6 +74,28 @@ def pieces(*, begin: bool = True) -> PreTrainedTokenizerFast:
     return _tokenizer({token: number for number, token in enumerate(words)}, begin=begin, pattern=r"abc|ab|\.x| q|b\nc|[\s\S]")
 
 
+@cache
+def bytes_() -> PreTrainedTokenizerFast:
+    """One token per byte, as in GPT-2: a character may be several."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({token: number for number, token in enumerate([*SPECIAL, *alphabet])}, []))
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@cache
+def marked() -> PreTrainedTokenizerFast:
+    """Words with a mark for the blank before them, and bytes for what is no word, as in Llama 2; 12 tokens."""
+    words = [*SPECIAL, "\u2581", "\u2581a", "\u2581b", "a", "b", "<0x0A>", "<0xC3>", "<0xA9>"]
+    made = Tokenizer(models.BPE({token: number for number, token in enumerate(words)}, [], byte_fallback=True))
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
 def _tokenizer(vocabulary: dict[str, int], *, begin: bool, pattern: str = r"[\s\S]") -> PreTrainedTokenizerFast:
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])

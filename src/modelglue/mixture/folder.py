@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modelglue.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorsCheckpoint, json_bytes, open_checkpoint, staged, tensor_file
 from modelglue.errors import CheckpointError, UserError
-from modelglue.mixture.router import WITHOUT_PROMPTS, Reader, best_layer, build_gate, knowledge
+from modelglue.mixture.router import WITHOUT_PROMPTS, Reader, best_layer, build_gate, knowledge, those_that_work
 from modelglue.mixture.spec import EXPERT_NAME, ROUTE_SPAN, ExpertSpec, GateMode, RouterSpec
 from modelglue.models import check_fit, has_tokenizer, load_live, load_tokenizer
 
@@ -95,7 +95,8 @@ def write_mixture(
     """
     directory = Path(directory)
     opened = _open_experts(directory, experts)
-    built = {path: _build_through(path, experts, router) for path in ([encoder] if encoder is not None else [e.path for e in experts])}
+    candidates = [encoder] if encoder is not None else [expert.path for expert in experts]
+    built = those_that_work(candidates, lambda path: _build_through(path, experts, router))
     encoder = max(built, key=lambda path: built[path].known)  # of equal ones the first
     read, layer, mode, gate = built[encoder].read, built[encoder].layer, built[encoder].mode, built[encoder].gate
     identities = [checkpoint.identity for checkpoint in opened]

@@ -179,7 +179,7 @@ def build_gate(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec
     with single_thread():
         if router.gate_mode != "auto":
             return _build(reader, experts, router, router.gate_mode), router.gate_mode
-        candidates = _those_that_work(("hidden", "hidden_avg"), lambda mode: _build(reader, experts, router, mode))
+        candidates = those_that_work(("hidden", "hidden_avg"), lambda mode: _build(reader, experts, router, mode))
         best = max(candidates, key=lambda mode: knowledge(reader, experts, candidates[mode], router.route_span))
         return candidates[best], best
 
@@ -194,7 +194,7 @@ def knowledge(reader: Reader, experts: Sequence[ExpertSpec], gate: torch.Tensor,
     return own_share(logits), worst_margin(logits)
 
 
-def _those_that_work(choices: Iterable[K], make: Callable[[K], V]) -> dict[K, V]:
+def those_that_work(choices: Iterable[K], make: Callable[[K], V]) -> dict[K, V]:
     """What `make` makes of each choice, without those that it refuses; when it refuses all, the last UserError."""
     made: dict[K, V] = {}
     refusal: UserError | None = None
@@ -225,7 +225,7 @@ def best_layer(model: Any, tokenizer: Any, experts: Sequence[ExpertSpec], router
         return *knowledge(reader, experts, gate, router.route_span), -layer
 
     with single_thread():
-        found = _those_that_work(range(len(decoder_layers(model)[1])), known)
+        found = those_that_work(range(len(decoder_layers(model)[1])), known)
     return max(found, key=found.__getitem__)
 
 

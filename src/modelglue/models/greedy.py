@@ -18,7 +18,7 @@ class Stops:
         self._tokenizer = tokenizer
         self._until = [stop for stop in until if stop]
         self._pieces: dict[int, str] = {}
-        # Decoders make up blanks and join bytes to characters; every other character of a text stands in the text of one of its ids.
+        # Decoders make up blanks and join bytes to other than ASCII characters; all else in a text stands in the text of one of its ids.
         self._findable = all(stop[-1].isascii() and stop[-1] != " " for stop in self._until)
         self._findable &= not getattr(tokenizer, "clean_up_tokenization_spaces", False)
 
@@ -39,8 +39,7 @@ class Stops:
     def _may_end(self, token: int) -> bool:
         if token not in self._pieces:
             self._pieces[token] = decode(self._tokenizer, [token])
-        piece = self._pieces[token]
-        return not piece or "\ufffd" in piece or any(stop[-1] in piece for stop in self._until)
+        return any(stop[-1] in self._pieces[token] for stop in self._until)
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
