@@ -194,6 +194,21 @@ def test_hostile_and_mistaken_configs(changes: dict[str, Any], message: str, tmp
         load_live(TensorsCheckpoint(_tensors(folder), values, label="hostile"))
 
 
+@pytest.mark.parametrize(("content", "expected"), [('{"eos_token_id": [2, 40]}', [2, 40]), ('{"eos_token_id": 7}', 7), ("{}", 2)])
+def test_ids_that_end_a_text_are_those_of_the_generation_config(content: str, expected: Any, tmp_path: Path) -> None:
+    folder = saved_model(tmp_path / "model", "llama")
+    (folder / "generation_config.json").write_text(content)
+    assert load_live(open_checkpoint(folder)).generation_config.eos_token_id == expected
+
+
+@pytest.mark.parametrize("content", ["", "[]", "\0", '{"eos_token_id": "</s>"}', '{"eos_token_id": [2, null]}'])
+def test_a_damaged_generation_config_is_an_error(content: str, tmp_path: Path) -> None:
+    folder = saved_model(tmp_path / "model", "llama")
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"generation_config.json: (is not a JSON object|eos_token_id is)"):
+        load_live(open_checkpoint(folder))
+
+
 def test_a_folder_without_a_config_is_an_error(tmp_path: Path) -> None:
     folder = saved_model(tmp_path / "model", "llama")
     (folder / "config.json").unlink()

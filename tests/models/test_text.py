@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +21,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, processors
 from transformers import LlamaForCausalLM
 
+from modelglue.checkpoint import open_checkpoint
 from modelglue.errors import CheckpointError
-from modelglue.models import LiveTextModel, batches, cached, likelihood
+from modelglue.models import LiveTextModel, batches, cached, likelihood, load_live
 from modelglue.models.greedy import Stops, decode
 from tests.models.tiny import bigram_model, bytes_, letters, marked, pieces, random_model
 
@@ -294,6 +297,16 @@ def test_a_special_token_can_be_a_stop_string() -> None:
     text = LiveTextModel(model, tokenizer)
     assert text.generate(["a"], until=["<end>"], max_new_tokens=9) == ["b"]
     assert text.generate(["a"], until=["\n"], max_new_tokens=9) == ["bcd"]
+
+
+def test_every_end_that_a_model_comes_with_ends_a_text(tmp_path: Path) -> None:
+    """The tokenizer's, the config's, and those of generation_config.json."""
+    bigram_model(dict(pairwise("abcdefgh")), letters(), eos_token_id=letters().convert_tokens_to_ids("d")).save_pretrained(tmp_path)
+    letters().save_pretrained(tmp_path)
+    ends = letters().convert_tokens_to_ids(["f", "z"])
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    text = LiveTextModel(load_live(open_checkpoint(tmp_path)), letters())
+    assert text.generate(["a", "d", "g"], until=[], max_new_tokens=9) == ["bc", "e", "h"]
 
 
 def test_contexts_longer_than_the_limit_keep_their_end() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,8 @@ _STEPS: weakref.WeakKeyDictionary[Any, tuple[list[tuple[str, tuple[int, ...]]], 
 def load_live(checkpoint: Checkpoint, *, dtype: str | None = None) -> Any:
     """The transformers model of a checkpoint (a model on disk or an expression), on the CPU, in evaluation mode.
 
-    Weights are float32 unless `dtype` says otherwise ("bfloat16"). Memory: the model plus one chunk of each input. Raises CheckpointError
-    when config and weights do not fit each other.
+    Weights are float32 unless `dtype` says otherwise ("bfloat16"). The ids that end a text are those of generation_config.json. Memory:
+    the model plus one chunk of each input. Raises CheckpointError when config and weights do not fit each other.
     """
     import torch
 
@@ -30,6 +31,8 @@ def load_live(checkpoint: Checkpoint, *, dtype: str | None = None) -> Any:
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
     load_into(checkpoint, model)
+    if (ends := _end_ids(checkpoint)) is not None:
+        model.generation_config.eos_token_id = ends
     return model
 
 
@@ -62,6 +65,20 @@ def load_into(checkpoint: Checkpoint, model: Any) -> None:
 def check_fit(checkpoint: Checkpoint) -> None:
     """Raise the CheckpointError that loading would raise for config, names or shapes. Reads headers only, allocates nothing."""
     _fitting_steps(checkpoint, _empty(checkpoint, meta=True))
+
+
+def _end_ids(checkpoint: Checkpoint) -> int | list[int] | None:
+    """The ids that end a text by the checkpoint's generation_config.json, which knows those of chat models; None where it says nothing."""
+    path = checkpoint.files.get("generation_config.json")
+    if path is None:
+        return None
+    try:
+        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is not a JSON object ({error}). Restore it, or remove it.") from error
+    if ends is None or isinstance(ends, int) or (isinstance(ends, list) and all(isinstance(end, int) for end in ends)):
+        return ends
+    raise CheckpointError(f"{path}: eos_token_id is {ends!r}; allowed is an id or a list of ids. Restore the file.")
 
 
 def _empty(checkpoint: Checkpoint, *, meta: bool = False) -> Any:

@@ -46,9 +46,10 @@ class LiveTextModel:
         ends = [tokenizer.eos_token_id, config.eos_token_id, getattr(getattr(model, "generation_config", None), "eos_token_id", None)]
         self._ends = {end for entry in ends for end in (entry if isinstance(entry, list) else [entry]) if end is not None}
         self._specials = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        # What an empty context is: the beginning-of-sequence id, else the end-of-text id.
-        self._first = int(next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0))
-        self._first_text = "" if tokenizer.bos_token_id is tokenizer.eos_token_id is None else str(tokenizer.decode([self._first]))
+        # What an empty context is: the beginning-of-sequence id, else the end-of-text id, and (where there is neither) id 0.
+        first = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
+        self._first = int(first[0]) if first else 0
+        self._first_text = str(tokenizer.decode(first[:1])) if first else ""
         self._closes = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
