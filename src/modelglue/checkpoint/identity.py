@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelglue.settings import cache_dir
@@ -13,17 +14,20 @@ from modelglue.settings import cache_dir
 if TYPE_CHECKING:
     from modelglue.checkpoint.protocol import Checkpoint
 
+#: raise it when equal contents get another identity: what was remembered before is then forgotten
+_VERSION = 2
 #: elements hashed at a time
 _STEP = 2**22
-#: side files that change what a model computes or how it reads text
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model",
-    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
+#: side files that change how a model reads text, and where it ends its answers
+_SIDE_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 
 def content_identity(checkpoint: Checkpoint, stamp: str | None) -> str:
-    """SHA-256 (hex) over the sorted (name, dtype, shape, SHA-256 of the tensor's bytes), the config and the tokenizer.
+    """SHA-256 (hex) over the sorted (name, dtype, shape, SHA-256 of the tensor's bytes), the config, and the files of
+    tokenizer and generation.
 
     Time: one read of every byte, once: the result is remembered under `stamp`, which changes with path, size, mtime or inode
     of any file. Memory: one step of 4 Mi elements. Fine-tunes may differ in the middle of a file, so no part is skipped.
@@ -35,7 +39,7 @@ def content_identity(checkpoint: Checkpoint, stamp: str | None) -> str:
         info = checkpoint.info(name)
         digest.update(json.dumps([name, info.dtype, list(info.shape), tensor_digest(checkpoint, name)]).encode())
     digest.update(json.dumps(checkpoint.config, sort_keys=True).encode())
-    for name in _TOKENIZER_FILES:
+    for name in _SIDE_FILES:
         if name in checkpoint.files:
             digest.update(name.encode() + hashlib.sha256(checkpoint.files[name].read_bytes()).digest())
     identity = digest.hexdigest()
@@ -55,9 +59,13 @@ def tensor_digest(checkpoint: Checkpoint, name: str) -> str:
     return digest.hexdigest()
 
 
+def _folder() -> Path:
+    return cache_dir() / "identities" / str(_VERSION)
+
+
 def _recall(stamp: str) -> str | None:
     try:
-        text = (cache_dir() / "identities" / stamp).read_text(encoding="ascii")
+        text = (_folder() / stamp).read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):
         return None
     return text if len(text) == 64 else None
@@ -65,7 +73,7 @@ def _recall(stamp: str) -> str | None:
 
 def _remember(stamp: str, identity: str) -> None:
     """A cache that cannot be written only costs the next run a read."""
-    folder = cache_dir() / "identities"
+    folder = _folder()
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{stamp}.{os.getpid()}"
