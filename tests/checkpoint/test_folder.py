@@ -121,6 +121,17 @@ def test_index_that_leaves_a_tensor_out_is_refused(tmp_path: Path) -> None:
     refused(folder, INDEX, f"does not list tensor 'hidden' of {FIRST}")
 
 
+def test_index_that_leaves_a_whole_shard_out_is_refused(tmp_path: Path) -> None:
+    """Whoever reads only what is listed would merge half a model."""
+    folder = write_model(tmp_path, SHARDS, index={"weight_map": {"a": FIRST}})
+    refused(folder, INDEX, "does not list tensors of every shard: shard 2 of 2 is missing")
+
+
+def test_index_of_shards_with_names_of_their_own_is_read(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, {"first.safetensors": A, SECOND: B}, index=True)
+    assert SafetensorsCheckpoint(folder).names() == ("a", "b")
+
+
 def test_index_larger_than_any_is_refused_unread(tmp_path: Path) -> None:
     folder = write_model(tmp_path, SHARDS, index=True)
     os.truncate(folder / INDEX, 100_000_001)  # sparse

@@ -62,6 +62,8 @@ HOSTILE: dict[str, tuple[bytes, str | None, str]] = {
     "name-of-half-characters": (weight_file(f'{{"w\\ud800": {HEALTHY}}}'.encode(), EIGHT), "'w\\ud800'", "not Unicode"),
     "metadata-a-list": (weight_file({"__metadata__": [], "w": TWO}, EIGHT), None, "__metadata__"),
     "metadata-with-a-number": (weight_file({"__metadata__": {"format": 1}, "w": TWO}, EIGHT), None, "__metadata__"),
+    "metadata-of-half-characters": (weight_file({"__metadata__": {"x": "\ud800"}, "w": TWO}, EIGHT), None, "__metadata__"),
+    "metadata-key-of-half-characters": (weight_file({"__metadata__": {"\ud800": "x"}, "w": TWO}, EIGHT), None, "__metadata__"),
     "entry-a-number": (weight_file({"w": 8}, EIGHT), "'w'", "exactly dtype, shape and data_offsets"),
     "entry-a-list": (weight_file({"w": ["F32", [2], [0, 8]]}, EIGHT), "'w'", "exactly dtype, shape and data_offsets"),
     "no-dtype": (one(dtype=None), "'w'", "exactly dtype, shape and data_offsets"),

@@ -175,28 +175,39 @@ def _find_shards(path: Path) -> list[Path]:
         names = sorted(set(_weight_map(index).values()))
         if single.name not in names and single.is_file():
             raise CheckpointError(f"{path}: holds {single.name} and an index of other shards: two models. Remove one of them.")
+        if fault := _gap(names):
+            raise CheckpointError(f"{index}: does not list tensors of every shard: {fault}. Fetch the model again.")
         return [_inside(path, name, index) for name in names]
     found = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_") and file.is_file())
     if single in found:
         return [single]
     if not found:
         raise _no_weights(path)
-    numbered = [_SHARD.fullmatch(file.name) for file in found]
-    if len(found) == 1 and numbered[0] is None:
+    if len(found) == 1 and _SHARD.fullmatch(found[0].name) is None:
         return found
-    if any(match is None for match in numbered) or len({(match["stem"], match["total"]) for match in numbered if match}) != 1:
+    names = [file.name for file in found]
+    fault = _gap(names)
+    if fault is None:
         raise CheckpointError(
-            f"{path}: holds several .safetensors files and no index: {', '.join(file.name for file in found)}. "
-            f"Keep one model per folder, or add {INDEX}."
+            f"{path}: holds several .safetensors files and no index: {', '.join(names)}. Keep one model per folder, or add {INDEX}."
         )
-    total = max(int(match["total"]) for match in numbered if match)
-    present = {int(match["number"]) for match in numbered if match}
-    if present != set(range(1, total + 1)):
-        missing = sorted(set(range(1, total + 1)) - present)
-        few = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        fault = f"shard {few} of {total} is missing" if missing else f"shard {max(present)} of {total} is one too many"
+    if fault:
         raise CheckpointError(f"{path}: {fault}. Fetch the model again.")
     return found
+
+
+def _gap(names: Sequence[str]) -> str | None:
+    """What is wrong with numbered shards, "" if nothing is; None if these are not the numbered shards of one model."""
+    numbered = [_SHARD.fullmatch(name) for name in names]
+    if any(match is None for match in numbered) or len({(match["stem"], match["total"]) for match in numbered if match}) != 1:
+        return None
+    total = max(int(match["total"]) for match in numbered if match)
+    present = {int(match["number"]) for match in numbered if match}
+    missing = sorted(set(range(1, total + 1)) - present)
+    if missing:
+        few = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        return f"shard {few} of {total} is missing"
+    return f"shard {max(present)} of {total} is one too many" if max(present) > total else ""
 
 
 def _no_weights(path: Path) -> CheckpointError:

@@ -82,7 +82,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_metadata(path: Path, value: Any) -> None:
-    if value is not None and not (isinstance(value, dict) and all(isinstance(text, str) for text in value.values())):
+    if value is not None and not (
+        isinstance(value, dict) and all(isinstance(t, str) and is_text(t) for pair in value.items() for t in pair)
+    ):
         raise _bad(path, "has a __metadata__ that is not an object of strings")
 
 
