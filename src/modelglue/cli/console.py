@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 def stdout() -> Console:
@@ -42,6 +43,13 @@ def print_warnings(console: Console, warnings: Iterable[str]) -> None:
 
     for warning in warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """A table, at its full width where no terminal limits it: whoever reads a file or a pipe needs whole names."""
+    if not console.is_terminal:
+        console.width = 10_000
+    console.print(table)
 
 
 def size(count: int) -> str:

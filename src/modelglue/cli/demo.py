@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 
 def demo(
     run: Path = Path("runs/demo"),
     *,
-    workers: int | None = None,
+    workers: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     quiet: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from modelglue.checkpoint import Checkpoint
     from modelglue.evaluation import ScoreStore, TaskSet
+    from modelglue.mixture import Mixture
     from modelglue.recipe import Scores
 
 
@@ -40,37 +44,48 @@ def evaluate(
     quiet
         No progress.
     """
-    from modelglue.cli.console import print_json, print_warnings, stdout
+    from modelglue.cli.console import print_json, print_table, print_warnings, stdout
     from modelglue.errors import UserError
     from modelglue.evaluation import ScoreStore, TaskSet
 
     if not models:
         raise UserError("give at least one model: a folder, a hub id, a mixture folder, or a recipe.")
+    if not tasks:
+        raise UserError("give at least one task: --tasks NAME, or --tasks NAME:METRIC.")
+    opened = {model: _open(model) for model in models}
     task_set = TaskSet.load(tasks, include)
-    with ScoreStore(":memory:" if store is None else store) as opened:
-        found = {model: _scores(model, task_set, opened, quiet=quiet or json) for model in models}
+    with ScoreStore(":memory:" if store is None else store) as scores_file:
+        found = {model: _scores(model, checkpoint, task_set, scores_file, quiet=quiet or json) for model, checkpoint in opened.items()}
     if json:
         print_json({model: _summary(scores) for model, scores in found.items()})
         return
     console = stdout()
-    console.print(_table(found, list(task_set.skills)))
+    print_table(console, _table(found, list(task_set.skills)))
     print_warnings(console, [f"{model}: {warning}" for model, scores in found.items() for warning in scores.warnings])
 
 
-def _scores(model: str, task_set: TaskSet, store: ScoreStore, *, quiet: bool) -> Scores:
-    from modelglue.cli.console import item_progress
-    from modelglue.evaluation import evaluate as score
-    from modelglue.evaluation import score_text_model
+def _open(model: str) -> Checkpoint | Mixture:
+    """All models are opened before the first is scored, so that a wrong name costs nothing."""
+    from modelglue.checkpoint import open_checkpoint
     from modelglue.mixture import Mixture, is_mixture
     from modelglue.recipe import merge
 
+    if is_mixture(model):
+        return Mixture.load(model)
+    return merge(model) if Path(model).suffix in (".yaml", ".yml") and Path(model).is_file() else open_checkpoint(model)
+
+
+def _scores(name: str, model: Checkpoint | Mixture, task_set: TaskSet, store: ScoreStore, *, quiet: bool) -> Scores:
+    from modelglue.checkpoint import Checkpoint
+    from modelglue.cli.console import item_progress
+    from modelglue.evaluation import evaluate as score
+    from modelglue.evaluation import score_text_model
+
     total = sum(len(items) for items in task_set.skills.values())
-    with item_progress(model, total, quiet=quiet) as advance:
-        if is_mixture(model):
-            mixture = Mixture.load(model)
-            return score_text_model(mixture, mixture.identity, task_set, store, description=model, on_batch=advance)
-        recipe = Path(model).suffix in (".yaml", ".yml") and Path(model).is_file()
-        return score(merge(model) if recipe else model, task_set, store=store, on_batch=advance)
+    with item_progress(name, total, quiet=quiet) as advance:
+        if isinstance(model, Checkpoint):
+            return score(model, task_set, store=store, on_batch=advance)
+        return score_text_model(model, model.identity, task_set, store, description=name, on_batch=advance)
 
 
 def _summary(scores: Scores) -> dict[str, Any]:
@@ -85,17 +100,16 @@ def _summary(scores: Scores) -> dict[str, Any]:
     }
 
 
-def _table(found: Mapping[str, Scores], skills: Sequence[str]) -> Any:
+def _table(found: Mapping[str, Scores], skills: Sequence[str]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
     from modelglue.recipe import interval, paired_interval
 
-    table = Table("model", box=None, pad_edge=False)
-    for column in [*skills, "mean", "95 % interval"]:
-        table.add_column(escape(column), justify="right")
-    if len(found) > 1:
-        table.add_column("against the first", justify="right")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for column in [*skills, "mean", "95 % interval", *(["against the first"] if len(found) > 1 else [])]:
+        table.add_column(escape(column), justify="right", no_wrap=True)
     first = next(iter(found.values()))
     for model, scores in found.items():
         low, high = interval(scores)

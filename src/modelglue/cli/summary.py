@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from modelglue.cli.console import print_warnings
+from modelglue.cli.console import print_table, print_warnings
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from modelglue.glue import GlueResult
 
-_NAMES = {"mixture": "mixture of {}", "merge": "merged model {}", "single": "single model {}"}
+_KINDS = {"merge": "merged model", "single": "single model"}
 
 
 def print_summary(result: GlueResult, report: Path | None, console: Console) -> None:
@@ -39,7 +40,7 @@ def print_summary(result: GlueResult, report: Path | None, console: Console) -> 
         console.print()
         print_warnings(console, warnings)
     console.print()
-    console.print(_table(result.results, result.outcome))
+    print_table(console, _table(result.results, result.outcome))
     console.print()
     for comparison in result.results["comparisons"]:
         console.print(_comparison(comparison))
@@ -55,8 +56,9 @@ def print_summary(result: GlueResult, report: Path | None, console: Console) -> 
 
 
 def _outcome(outcome: Mapping[str, Any], experts: Sequence[str]) -> str:
-    what = ", ".join(experts) if outcome["kind"] == "mixture" else str(outcome["name"])
-    return _NAMES[outcome["kind"]].format(what).rstrip(" of").strip()
+    if outcome["kind"] == "mixture":
+        return f"mixture of {', '.join(experts)}" if experts else "mixture"
+    return f"{_KINDS[outcome['kind']]} {outcome['name']}"
 
 
 def _warnings(zoo: Mapping[str, Any], families: Mapping[str, Any], decisions: Mapping[str, Any]) -> list[str]:
@@ -80,15 +82,15 @@ def _print_family(family: Mapping[str, Any], console: Console) -> None:
         console.print(f"  [green]{escape(representative['name'])}[/]  [dim]no merge of them scores higher on the proxy[/]")
 
 
-def _table(results: Mapping[str, Any], outcome: Mapping[str, Any]) -> Any:
+def _table(results: Mapping[str, Any], outcome: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table(title=f"accuracy in % on the {results['split']} items", title_justify="left", title_style="dim", box=None, pad_edge=False)
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for skill in results["skills"]:
-        table.add_column(escape(skill), justify="right")
-    table.add_column("mean", justify="right", style="bold")
-    table.add_column("95 % interval", justify="right", style="dim")
+        table.add_column(escape(skill), justify="right", no_wrap=True)
+    table.add_column("mean", justify="right", style="bold", no_wrap=True)
+    table.add_column("95 % interval", justify="right", style="dim", no_wrap=True)
     for row in results["models"]:
         final = row["name"] == outcome["name"] and row["kind"] == {"merge": "representative"}.get(outcome["kind"], outcome["kind"])
         low, high = row["interval"]
