@@ -175,9 +175,10 @@ def _find_shards(path: Path) -> list[Path]:
         names = sorted(set(_weight_map(index).values()))
         if single.name not in names and single.is_file():
             raise CheckpointError(f"{path}: holds {single.name} and an index of other shards: two models. Remove one of them.")
+        shards = [_inside(path, name, index) for name in names]
         if fault := _gap(names):
             raise CheckpointError(f"{index}: does not list tensors of every shard: {fault}. Fetch the model again.")
-        return [_inside(path, name, index) for name in names]
+        return shards
     found = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_") and file.is_file())
     if single in found:
         return [single]
