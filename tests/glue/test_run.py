@@ -275,6 +275,15 @@ def test_a_second_call_does_nothing(finished: Finished) -> None:
     assert state(finished.run) == before
 
 
+def test_the_public_name_is_a_function_and_stays_one(finished: Finished) -> None:
+    """Whether the package of the same name has been imported or not."""
+    import modelglue.glue.schema
+
+    for _ in range(2):
+        assert modelglue.glue(finished.zoo, finished.run).outcome == finished.result.outcome
+    assert modelglue.glue.schema.GlueFile is modelglue.glue.GlueFile
+
+
 def test_no_decision_sees_the_test_items(finished: Finished, tmp_path: Path) -> None:
     """Other test items: other results, the same decisions, byte for byte, and the same artefacts."""
     zoo = tmp_path / "zoo"
