@@ -22,6 +22,7 @@ from modelglue.checkpoint import (
     Checkpoint,
     JoinedCheckpoint,
     MergedCheckpoint,
+    RenamedCheckpoint,
     SafetensorsCheckpoint,
     TensorsCheckpoint,
     plan_output,
@@ -31,7 +32,7 @@ from modelglue.checkpoint import (
 from modelglue.checkpoint.card import model_card
 from modelglue.errors import UserError
 from modelglue.methods import get
-from tests.checkpoint.files import contents, names_in
+from tests.checkpoint.files import contents, names_in, write_single
 from tests.checkpoint.merges import CONFIG, TOKENIZER, merge_of, reopened, tensors_of, write_zoo
 
 INDEX = "model.safetensors.index.json"
@@ -263,9 +264,19 @@ def test_recipe_text_that_is_given_is_kept_as_it_is(zoo: list[SafetensorsCheckpo
     assert text.strip() in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
-def test_card_names_parents_method_and_recipe() -> None:
-    models = [TensorsCheckpoint({"w": torch.ones(1)}, label=label) for label in ("org/one", "org/two@v1.0", "./org/local", "/abs/path")]
-    merged = MergedCheckpoint(get("linear"), [*models, models[0]], None, {"weight": [0.2] * 5, "normalize": True})
+def model_at(folder: Path, reference: str) -> SafetensorsCheckpoint:
+    return SafetensorsCheckpoint(write_single(folder, {"w": torch.ones(1)}), reference)
+
+
+def hub_model(cache: Path, name: str, reference: str) -> SafetensorsCheckpoint:
+    """A model where the hub's cache keeps it."""
+    return model_at(cache / f"models--{name.replace('/', '--')}" / "snapshots" / "0123abcd", reference)
+
+
+def test_card_names_parents_method_and_recipe(tmp_path: Path) -> None:
+    local = model_at(tmp_path / "org" / "local", "org/local")  # a path that reads like a hub id
+    models = [hub_model(tmp_path, "org/one", "org/one"), hub_model(tmp_path, "org/two", "org/two@v1.0"), local]
+    merged = MergedCheckpoint(get("linear"), [*models, models[0]], None, {"weight": [0.25] * 4, "normalize": True})
     card = model_card(merged, "method: linear\n", "my-model")
     opening, front, body = card.split("---\n", 2)
     assert opening == ""
@@ -276,7 +287,8 @@ def test_card_names_parents_method_and_recipe() -> None:
     assert body.startswith("\n# my-model\n")
     assert "by the method `linear`" in body
     assert body.count("| `org/one` |") == 1
-    assert "| `/abs/path` |" in body
+    assert "| `org/two@v1.0` |" in body
+    assert "| `org/local` |" in body
     assert "```yaml\nmethod: linear\n```" in body
 
 
@@ -285,9 +297,8 @@ def test_card_without_hub_parents_has_no_base_model() -> None:
     assert yaml.safe_load(card.split("---\n")[1]) == {"library_name": "transformers", "tags": ["merge", "modelglue"]}
 
 
-def test_card_reaches_parents_of_nested_merges_and_views() -> None:
-    inner = MergedCheckpoint(
-        get("linear"), [TensorsCheckpoint({"w": torch.ones(1)}, label="org/a")], None, {"weight": [1.0], "normalize": True}
-    )
-    joined = JoinedCheckpoint({"x.": inner, "y.": TensorsCheckpoint({"w": torch.ones(1)}, label="org/b")})
+def test_card_reaches_parents_of_nested_merges_and_views(tmp_path: Path) -> None:
+    a, b = (hub_model(tmp_path, name, name) for name in ("org/a", "org/b"))
+    inner = MergedCheckpoint(get("linear"), [a], None, {"weight": [1.0], "normalize": True})
+    joined = JoinedCheckpoint({"x.": inner, "y.": RenamedCheckpoint(b, {"v": "w"})})
     assert yaml.safe_load(model_card(joined, "x", "name").split("---\n")[1])["base_model"] == ["org/a", "org/b"]

@@ -1,7 +1,8 @@
 """Floor 1: everything with named weights is a `Checkpoint`; here they are opened, composed and written."""
 
 from modelglue.checkpoint.folder import SafetensorsCheckpoint
-from modelglue.checkpoint.merged import Constant, MergedCheckpoint, MergeFunction, ParameterSource, Round
+from modelglue.checkpoint.merge_function import Constant, MergeFunction, ParameterSource, Round
+from modelglue.checkpoint.merged import MergedCheckpoint
 from modelglue.checkpoint.protocol import FLOATING, ITEM_SIZE, Checkpoint, TensorInfo
 from modelglue.checkpoint.reference import open_checkpoint
 from modelglue.checkpoint.staging import json_bytes, staged, write_bytes_atomic, write_json_atomic

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
 from modelglue.checkpoint.protocol import Checkpoint
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-
-
-def parents(description: dict[str, Any]) -> list[str]:
-    """Every model reference of a description, in order, once."""
-    return list(dict.fromkeys(_references(description)))
-
-
-def _references(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, child in value.items():
-            if key in ("model", "base") and isinstance(child, str):
-                yield child
-            else:
-                yield from _references(child)
-    elif isinstance(value, list):
-        for child in value:
-            yield from _references(child)
-
 
 def model_card(checkpoint: Checkpoint, recipe: str, name: str) -> str:
-    """The card's text; a function of the recipe alone, so equal recipes give equal cards."""
+    """The card's text; a function of recipe and models, so equal recipes give equal cards."""
     description = checkpoint.describe()
-    models = parents(description)
-    hub = [model.partition("@")[0] for model in models if _HUB_ID.fullmatch(model) and not model.startswith(".")]
+    sources = checkpoint.sources()
+    models = list(dict.fromkeys(str(source.describe().get("model")) for source in sources))
+    hub = list(dict.fromkeys(source.hub_id for source in sources if source.hub_id is not None))
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "modelglue"]}
     if hub:
         front = {"base_model": hub, "base_model_relation": "merge", **front}

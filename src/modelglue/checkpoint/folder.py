@@ -73,6 +73,12 @@ class SafetensorsCheckpoint(Checkpoint):
         """The folder (or file) on disk."""
         return self._path
 
+    @property
+    def hub_id(self) -> str | None:
+        snapshots = self._path.absolute().parent
+        owner, _, name = snapshots.parent.name.removeprefix("models--").partition("--")
+        return f"{owner}/{name}" if snapshots.name == "snapshots" and name else None
+
     def names(self) -> Sequence[str]:
         return self._names
 

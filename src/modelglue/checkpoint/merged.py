@@ -8,96 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
-import os
-import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint import compiled
+from modelglue.checkpoint.fit import check_same_tensors, label_of
+from modelglue.checkpoint.merge_function import Constant, MergeFunction, ParameterSource, Round, Unit
 from modelglue.checkpoint.protocol import FLOATING, Checkpoint, TensorInfo
+from modelglue.checkpoint.scratch import spill
 from modelglue.checkpoint.tensors import STORE_DTYPES, torch_dtype
 from modelglue.checkpoint.uniform import CounterHash, UniformSource
 from modelglue.checkpoint.workers import single_thread
-from modelglue.errors import MergeError, RunError
+from modelglue.errors import MergeError
 from modelglue.settings import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
     import torch
 
-Unit = Literal["element", "row", "matrix"]
 #: chunks of a survey are whole blocks, so that sums come out the same whatever the chunk of the merge
 SURVEY_ELEMENTS = max(CHUNK_ELEMENTS // BLOCK_ELEMENTS, 1) * BLOCK_ELEMENTS
 
 _SHORT = {short: long for long, short in STORE_DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Round:
-    """One reduction over chunks, before the merge maps over them.
-
-    `gather(models, base, uniform, known, start, parameters)` sees one chunk (1-D tensors; a multiple of 65,536 elements long
-    except at the end of a tensor) and returns its partial result; `combine(partials, known, numel, parameters)` makes the round's result of
-    them, in index order. `known` holds the results of the rounds before. `ranges(known, numel, parameters)`, if given, names
-    the chunks to visit; default: all. Scope "tensor" runs it for one tensor, "model" once over all tensors laid end to end in
-    the order of their names.
-    """
-
-    gather: Callable[..., Any]
-    combine: Callable[..., Any]
-    scope: Literal["tensor", "model"] = "tensor"
-    ranges: Callable[[Sequence[Any], int, Mapping[str, Any]], Sequence[tuple[int, int]]] | None = None
-
-
-class MergeFunction(Protocol):
-    """What the engine needs of a merge method; the registry's `Method` is one. Pickles by its id."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def needs_base(self) -> bool: ...
-    @property
-    def needs_uniform(self) -> bool: ...
-    def unit(self, parameters: Mapping[str, Any]) -> Unit: ...
-    def rounds(self, parameters: Mapping[str, Any]) -> Sequence[Round]: ...
-    def merge(
-        self,
-        models: Sequence[torch.Tensor],
-        base: torch.Tensor | None,
-        uniform: Sequence[torch.Tensor] | None,
-        survey: Sequence[Any],
-        start: int,
-        parameters: Mapping[str, Any],
-    ) -> torch.Tensor: ...
-
-
-class ParameterSource(ABC):
-    """The parameters of one merge; they may differ from tensor to tensor (gradients over layers, filters)."""
-
-    @abstractmethod
-    def for_tensor(self, name: str) -> Mapping[str, Any]:
-        """Resolved values for one output tensor: a number per global parameter, a list per per-model parameter."""
-
-    @abstractmethod
-    def describe(self) -> Any:
-        """JSON-ready and canonical: equal sources give equal descriptions."""
-
-
-@dataclass(frozen=True)
-class Constant(ParameterSource):
-    """The same values for every tensor."""
-
-    values: Mapping[str, Any]
-
-    def for_tensor(self, name: str) -> Mapping[str, Any]:
-        return self.values
-
-    def describe(self) -> Any:
-        return dict(sorted(self.values.items()))
 
 
 class MergedCheckpoint(Checkpoint):
@@ -135,7 +69,7 @@ class MergedCheckpoint(Checkpoint):
         self._models = list(models)
         self._base = base
         self._parameters = parameters if isinstance(parameters, ParameterSource) else Constant(dict(parameters or {}))
-        self._labels = list(labels or (_label(model) for model in models))
+        self._labels = list(labels or (label_of(model) for model in models))
         self._store = STORE_DTYPES.get(store, store) if store else None
         self._seed = seed
         self._uniforms = uniform_source or CounterHash(seed)
@@ -147,7 +81,7 @@ class MergedCheckpoint(Checkpoint):
         self._compiled: Mapping[str, str] | None = None  # chunk functions that run compiled, found by `prepare`
         self._spilled: dict[str, list[Checkpoint]] = {}  # inputs of a surveyed tensor, the computed ones computed once
         self._whole: tuple[str, torch.Tensor] | None = None
-        _check_same_tensors(self._donor, self._inputs(), self._method.id)
+        check_same_tensors(self._donor, self._inputs(), self._method.id)
 
     def __repr__(self) -> str:
         return f"MergedCheckpoint({self._method.id!r}, {self._labels!r})"
@@ -159,6 +93,9 @@ class MergedCheckpoint(Checkpoint):
 
     def names(self) -> Sequence[str]:
         return self._names
+
+    def sources(self) -> Sequence[Checkpoint]:
+        return [source for checkpoint in [self._donor, *self._inputs()] for source in checkpoint.sources()]
 
     def info(self, name: str) -> TensorInfo:
         info = self._donor.info(name)
@@ -320,7 +257,7 @@ class MergedCheckpoint(Checkpoint):
         checkpoints = self._sources(name)
         wide = any(checkpoint.info(name).dtype == "F64" for checkpoint in checkpoints)
         compute = torch.float64 if wide else torch.float32
-        labels = [*self._labels, *([_label(self._base)] if self._base is not None else [])]
+        labels = [*self._labels, *([label_of(self._base)] if self._base is not None else [])]
         chunks = []
         for label, checkpoint in zip(labels, checkpoints, strict=True):
             chunk = checkpoint.read(name, start, stop).to(compute)
@@ -402,7 +339,7 @@ class MergedCheckpoint(Checkpoint):
         if name not in self._spilled:
             if not any(round_.scope == "model" for round_ in rounds):
                 self._spilled.clear()
-            self._spilled[name] = [_spill(c, name) if c.computed(name) else c for c in inputs]
+            self._spilled[name] = [spill(c, name) if c.computed(name) else c for c in inputs]
         return self._spilled[name]
 
     def _inputs(self) -> list[Checkpoint]:
@@ -414,7 +351,7 @@ class MergedCheckpoint(Checkpoint):
             return True
         if dtype.startswith("F8"):
             raise MergeError(
-                f"{self._method.id}: tensor '{name}' of {_label(self._donor)} is {dtype}; 8-bit floats are not merged elementwise. "
+                f"{self._method.id}: tensor '{name}' of {label_of(self._donor)} is {dtype}; 8-bit floats are not merged elementwise. "
                 "Dequantise the models first."
             )
         return False
@@ -432,89 +369,6 @@ class _Placed:
 
     def at(self, name: str) -> Any:
         return self.result.shifted(self.offsets[name]) if hasattr(self.result, "shifted") else self.result
-
-
-class _Scratch(Checkpoint):
-    """One tensor in an unlinked file: gone with the process, whatever happens to it."""
-
-    def __init__(self, name: str, info: TensorInfo, values: torch.Tensor) -> None:
-        self._name, self._info, self._values = name, info, values
-
-    def names(self) -> Sequence[str]:
-        return (self._name,)
-
-    def info(self, name: str) -> TensorInfo:
-        return self._info
-
-    def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
-        view = self._values[start:stop]
-        return view if out is None else out.copy_(view)
-
-    config: Mapping[str, Any] = {}
-    files: Mapping[str, Path] = {}
-    identity = stamp = ""
-
-    def describe(self) -> dict[str, Any]:
-        return {}
-
-
-def _spill(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    import torch
-
-    info = checkpoint.info(name)
-    if info.numel == 0:
-        return checkpoint
-    with tempfile.TemporaryFile() as stream:
-        _reserve(stream.fileno(), info.nbytes)
-        values = torch.frombuffer(mmap.mmap(stream.fileno(), info.nbytes), dtype=torch_dtype(info.dtype))
-    for start, stop in checkpoint.pieces(name, CHUNK_ELEMENTS):
-        checkpoint.read(name, start, stop, out=values[start:stop])
-    return _Scratch(name, info, values)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Lengthen a file; where the system can, its blocks are set aside, because a full disk kills whoever writes to a mapping."""
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)
-        else:
-            os.ftruncate(descriptor, size)
-    except OSError as error:
-        raise RunError(
-            f"{tempfile.gettempdir()}: a nested merge needs {size:,} bytes of scratch space here ({error.strerror}). "
-            "Free some space, or set TMPDIR to a folder that has it."
-        ) from error
-
-
-def _check_same_tensors(donor: Checkpoint, inputs: Sequence[Checkpoint], method: str) -> None:
-    """Every input has the donor's tensors in the donor's shapes; all differences are named in one error."""
-    names = set(donor.names())
-    faults: list[str] = []
-    for checkpoint in inputs:
-        if checkpoint is donor:
-            continue
-        label, theirs = _label(checkpoint), set(checkpoint.names())
-        faults += [f"tensor '{name}' is missing in {label}" for name in sorted(names - theirs)]
-        faults += [f"tensor '{name}' is only in {label}, not in {_label(donor)}" for name in sorted(theirs - names)]
-        for name in sorted(names & theirs):
-            ours, found = donor.info(name).shape, checkpoint.info(name).shape
-            if ours != found:
-                faults.append(f"tensor '{name}' has shape {list(found)} in {label} and {list(ours)} in {_label(donor)}")
-            kind, kind_found = donor.info(name).dtype, checkpoint.info(name).dtype
-            if kind != kind_found and not {kind, kind_found} <= FLOATING:
-                faults.append(f"tensor '{name}' is {kind_found} in {label} and {kind} in {_label(donor)}")
-    if faults:
-        shown = "\n  ".join(faults[:12]) + (f"\n  ... and {len(faults) - 12} more" if len(faults) > 12 else "")
-        raise MergeError(
-            f"{method}: the models do not have the same tensors:\n  {shown}\n"
-            "Merge models of one architecture and vocabulary; leave the odd one out, or convert it first."
-        )
-
-
-def _label(checkpoint: Checkpoint) -> str:
-    description = checkpoint.describe()
-    model = description.get("model")
-    return str(model) if isinstance(model, str) else f"the {description.get('method', 'nested')} merge"
 
 
 def _reference(checkpoint: Checkpoint) -> dict[str, Any]:

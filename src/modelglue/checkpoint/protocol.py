@@ -90,6 +90,15 @@ class Checkpoint(ABC):
     def describe(self) -> dict[str, Any]:
         """The expression in our recipe dialect, JSON-ready: {"model": REF} for a model on disk, a recipe for a merge."""
 
+    def sources(self) -> Sequence[Checkpoint]:
+        """The models that the expression is made of, in order; a model on disk is made of itself."""
+        return (self,)
+
+    @property
+    def hub_id(self) -> str | None:
+        """`org/name` of a model that came out of the hub's cache."""
+        return None
+
     def pieces(self, name: str, limit: int) -> Sequence[tuple[int, int]]:
         """Ranges of flat positions that together cover the tensor; reading one piece costs memory O(limit x inputs).
 

@@ -33,6 +33,9 @@ class RenamedCheckpoint(Checkpoint):
     def names(self) -> Sequence[str]:
         return tuple(self._old)
 
+    def sources(self) -> Sequence[Checkpoint]:
+        return self._source.sources()
+
     def info(self, name: str) -> TensorInfo:
         return self._source.info(self._find(name))
 
@@ -96,6 +99,9 @@ class JoinedCheckpoint(Checkpoint):
 
     def names(self) -> Sequence[str]:
         return tuple(sorted(self._where))
+
+    def sources(self) -> Sequence[Checkpoint]:
+        return [source for part in self._parts.values() for source in part.sources()]
 
     def info(self, name: str) -> TensorInfo:
         part, old = self._find(name)

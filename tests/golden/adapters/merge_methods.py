@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from modelglue.checkpoint import Checkpoint, MergedCheckpoint, TensorsCheckpoint
-from modelglue.checkpoint.merged import ParameterSource
+from modelglue.checkpoint import Checkpoint, MergedCheckpoint, ParameterSource, TensorsCheckpoint
 from modelglue.methods import get
 from tests.golden.cases import Adapter, Answer, Case
 
