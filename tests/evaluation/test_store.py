@@ -7,7 +7,9 @@ import os
 import signal
 import sqlite3
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -262,6 +264,33 @@ def test_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_disk_that_is_full_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_disk(monkeypatch, 1)
     assert "the disk is full" in refused(path, RunError)
+
+
+class Busy(sqlite3.Connection):
+    """Another process is creating the file: the switch to write-ahead logging is refused a few times, without any waiting by SQLite."""
+
+    refusals = 0
+
+    def execute(self, query: str, *arguments: Any) -> sqlite3.Cursor:
+        if query == "PRAGMA journal_mode = WAL" and Busy.refusals:
+            Busy.refusals -= 1
+            error = sqlite3.OperationalError("database is locked")
+            error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+            raise error
+        return super().execute(query, *arguments)
+
+
+def test_a_store_that_another_process_is_creating(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **options: connect(path, factory=Busy, **options))
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    Busy.refusals = 3
+    ScoreStore(path).close()
+    assert (Busy.refusals, len(waits)) == (0, 3)
+    monkeypatch.setattr("modelglue.evaluation.store._PATIENCE", -1.0)
+    Busy.refusals = 1
+    assert "database is locked" in refused(path)
 
 
 def test_a_store_that_somebody_holds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,11 @@ def test_max_experts_keeps_those_with_most_tasks_then_means() -> None:
     assert kept(choose_experts(table, max_experts=3)) == ["a", "b", "c"]
 
 
+def test_max_experts_prefers_more_tasks_to_a_higher_mean() -> None:
+    table = scores(a=(0.5, 0.5, 0.0, 0.0), b=(0.1, 0.1, 0.9, 0.3), c=(0.2, 0.2, 0.3, 0.9))
+    assert kept(choose_experts(table, max_experts=2)) == ["a", "c"]
+
+
 def test_keep_all() -> None:
     table = scores(a=(0.9, 0.9), b=(0.1, 0.1), c=(0.2, 0.2))
     found = choose_experts(table, keep="all")

@@ -99,7 +99,7 @@ MOMENTS: dict[str, tuple[Listener | None, Callable[[], Patch] | None, str, str]]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_and_called_again(zoo: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+def test_killed_and_called_again(zoo: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     listener, patch, there, missing = MOMENTS[moment]
     run = zoo.parent / moment.replace(" ", "-")
 
@@ -115,6 +115,7 @@ def test_killed_and_called_again(zoo: Path, expected: dict[str, str], monkeypatc
     assert_no_half_model(run)
     before = committed_items(run)
 
+    monkeypatch.setenv("MODELGLUE_CACHE", str(tmp_path))  # all that the next call knows stands in the run folder
     result = glue(zoo, run)
     assert result.already_complete is False
     assert fingerprint(run) == expected

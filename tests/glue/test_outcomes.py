@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from modelglue.cli.app import main
 from modelglue.evaluation import TaskSet, evaluate
 from modelglue.glue import GlueResult, glue
 from modelglue.recipe import paired_interval
@@ -153,6 +155,21 @@ def test_one_representative_that_is_best_at_everything_is_the_result(tmp_path: P
     assert result.outcome["reason"] == "one representative is best at everything"
     assert [(expert["name"], expert["kept"]) for expert in decisions(result)["experts"]] == [("family-0", False), ("stranger", True)]
     assert not (tmp_path / "run" / "mixture").exists()
+
+
+def test_a_model_whose_answers_overflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every weight is a number, but no log probability is: it counts as nothing, and it is said whose it was."""
+    zoo = write_zoo(tmp_path / "zoo", ["stranger"], ["larger"], items=4)
+    path = tmp_path / "zoo" / "models" / "stranger" / "model.safetensors"
+    weights = load_file(path)
+    weights["gpt_neox.final_layer_norm.weight"][:] = 3e38
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as end:
+        main(["glue", str(zoo), str(tmp_path / "run")])
+    assert not end.value.code
+    (row,) = json.loads((tmp_path / "run" / "decisions.json").read_text())["ranking"]
+    assert (row["score"], row["warnings"]) == (0.0, ["stranger: larger: the model answers NaN on 4 of 4 items; they count as 0."])
+    assert f"warning: {row['warnings'][0]}\n" in capsys.readouterr().out
 
 
 def test_without_confirmation_and_test_items(tmp_path: Path) -> None:

@@ -58,30 +58,35 @@ def diagnose(bench: Bench, mixture: Mixture, scores: Scores, experts: Mapping[st
 
 
 def confirm(bench: Bench, representatives: Sequence[Representative], mixture: Mixture | None) -> tuple[dict[str, Any], Scores | None]:
-    """The outcome: the mixture, unless the best candidate seen beats it by more than the paired interval.
+    """The outcome: the mixture, or the best representative where there is none; unless a candidate is better by more than chance.
 
-    Judged on confirmation items where there are some, else on the proxy.
+    Candidates are the representatives and all single models: what won on the proxy may have won by luck. Judged on confirmation items
+    where there are some, else on the proxy, by the paired interval.
     """
     split = "confirmation" if "confirmation" in bench.tasks else "proxy"
     singles = {alias: bench.score(Candidate.single(alias), split) for alias in bench.members}
     best_single = max(bench.members, key=lambda alias: singles[alias].mean)
     scored = {r.name: bench.score(r.candidate, split) for r in representatives}
-    best = max(representatives, key=lambda r: scored[r.name].mean)
+    kinds = {r.name: "merge" if r.is_merge else "single" for r in representatives}
+    name = max(scored, key=lambda name: scored[name].mean)
     proxy: Scores | None = None
     if mixture is not None:
         proxy = bench.score_text_model(mixture, mixture.identity, "proxy")
         final = bench.score_text_model(mixture, mixture.identity, split)
-        difference, low, high = paired_interval(final, scored[best.name])
-        if high >= 0:
-            outcome = {"kind": "mixture", "name": "mixture", "reason": "every expert answers what it is best at"}
-        else:
-            reason = f"the mixture is worse than {best.name} by {-difference:.3f} ({-high:.3f} to {-low:.3f}); look at the router"
-            outcome = {"kind": "merge" if best.is_merge else "single", "name": best.name, "reason": reason}
-            final = scored[best.name]
+        outcome = {"kind": "mixture", "name": "mixture", "reason": "every expert answers what it is best at"}
     else:
-        final = scored[best.name]
+        final = scored[name]
         reason = "one representative is best at everything" if len(representatives) > 1 else "the zoo is one family"
-        outcome = {"kind": "merge" if best.is_merge else "single", "name": best.name, "reason": reason}
+        outcome = {"kind": kinds[name], "name": name, "reason": reason}
+    candidates = scored | singles
+    best = max(candidates, key=lambda name: candidates[name].mean)
+    difference, low, high = paired_interval(final, candidates[best])
+    if high < 0:
+        what = f"the {outcome['kind']} {outcome['name']}" if mixture is None else "the mixture"
+        why = "it won on the proxy by luck" if mixture is None else "look at the router"
+        reason = f"{what} is worse than {best} by {-difference:.3f} ({-high:.3f} to {-low:.3f}); {why}"
+        outcome = {"kind": kinds.get(best, "single"), "name": best, "reason": reason}
+        final = candidates[best]
     return {
         **outcome,
         "split": split,
