@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from tests.conftest import REPOSITORY
@@ -65,7 +66,7 @@ def committed_items(run: Path) -> int:
     store = run / "scores.sqlite"
     if not store.exists():
         return 0
-    with sqlite3.connect(f"file:{store}?mode=ro", uri=True) as connection:
+    with closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True)) as connection:
         return int(connection.execute("SELECT count(*) FROM scores").fetchone()[0])
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import signal
 import sqlite3
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -93,26 +95,24 @@ def test_opening_a_store_changes_nothing(path: Path) -> None:
 @forked
 def test_processes_write_at_once(path: Path) -> None:
     """They create the store together, too."""
-    ready, go = os.pipe()
-    writers = []
-    for writer in range(4):
-        process = os.fork()
-        if process == 0:
-            status = 1
-            try:
-                os.close(go)
-                os.read(ready, 1)  # ends when the parent closes its side: all start together
-                with ScoreStore(path) as store:
-                    for batch in range(25):
-                        store.add("m", "", {f"{writer}-{batch}-{item}": item / 8 for item in range(8)})
-                        store.add("shared", "", {f"{batch}": 0.5})
-                status = 0
-            finally:
-                os._exit(status)
-        writers.append(process)
-    os.close(ready)
-    os.close(go)
-    assert [os.waitpid(writer, 0)[1] for writer in writers] == [0, 0, 0, 0]
+
+    def write(writer: int) -> None:
+        gate.wait()  # all start together
+        with ScoreStore(path) as store:
+            for batch in range(25):
+                store.add("m", "", {f"{writer}-{batch}-{item}": item / 8 for item in range(8)})
+                store.add("shared", "", {f"{batch}": 0.5})
+
+    processes = multiprocessing.get_context("fork")
+    gate = processes.Barrier(4)
+    writers = [processes.Process(target=write, args=(writer,)) for writer in range(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads; the children do nothing but write
+        for writer in writers:
+            writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0, 0]
     with ScoreStore(path) as store:
         assert store.counts() == (2, 4 * 25 * 8 + 25)
         assert store.known("m", ["3-24-7", "0-0-0"]) == {"3-24-7": 0.875, "0-0-0": 0.0}
