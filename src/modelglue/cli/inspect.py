@@ -31,7 +31,7 @@ def inspect(
         Print all of it as JSON.
     """
     from modelglue.checkpoint import open_checkpoint
-    from modelglue.cli.console import print_json, size, stdout
+    from modelglue.cli.console import print_json, print_table, size, stdout
 
     checkpoint = open_checkpoint(model)
     groups = _groups(checkpoint)
@@ -56,16 +56,17 @@ def inspect(
     console = stdout()
     console.print(
         f"[bold]{escape(model)}[/]  {summary['architecture'] or 'no config'}: {summary['parameters'] / 1e6:,.2f} M parameters in "
-        f"{summary['tensors']} tensors, {size(summary['bytes'])}, {summary['layers']} layers"
+        f"{summary['tensors']} tensors, {size(summary['bytes'])}, {summary['layers']} layers",
+        soft_wrap=True,
     )
     table = Table("tensor", "times", "shape", "dtype", "bytes", box=None, pad_edge=False)
     for group in groups:
         table.add_row(
             escape(group["name"]), str(group["count"]), " x ".join(map(str, group["shape"])), group["dtype"], size(group["bytes"])
         )
-    console.print(table)
+    print_table(console, table)
     if identity:
-        console.print(f"identity {summary['identity']}")
+        console.print(f"identity {summary['identity']}", soft_wrap=True)
 
 
 def _groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
