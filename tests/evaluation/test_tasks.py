@@ -359,11 +359,22 @@ def test_sets_that_share_a_document(tmp_path: Path) -> None:
     proxy, test, apart = (TaskSet.load([name], tmp_path) for name in ("proxy", "test", "apart"))
     leak_check({"proxy": proxy, "test": apart})
     with pytest.raises(
-        UserError, match=r"tasks: test and proxy share 1 items \(one of them is 6461dad21c8d18fe of 'test'\)\. The sets must be"
+        UserError,
+        match=r"tasks: test and proxy share 1 items \(one of them is 6461dad21c8d18fe of 'test': 'Q: reverse: noon ='\)\. The sets must be",
     ):
         leak_check({"proxy": proxy, "test": test})
     with pytest.raises(UserError, match="tasks: test and confirmation share 1 items"):
         leak_check({"proxy": proxy, "confirmation": apart, "test": TaskSet.load(["test"], write_again(tmp_path / "again"))})
+
+
+def test_sets_that_ask_the_same_question(tmp_path: Path) -> None:
+    """A number that only one of the documents carries does not make another question."""
+    write_task(tmp_path, "proxy", documents=[{**document, "number": 0} for document in WORDS[:2]])
+    write_task(tmp_path, "test", documents=[{**document, "number": 7} for document in WORDS[1:3]])
+    proxy, test = (TaskSet.load([name], tmp_path) for name in ("proxy", "test"))
+    assert not {item.id for item in proxy.skills["proxy"]} & {item.id for item in test.skills["test"]}
+    with pytest.raises(UserError, match=r"tasks: test and proxy share 1 items .*'reverse: noon ='"):
+        leak_check({"proxy": proxy, "test": test})
 
 
 def write_again(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from modelglue.cli.app import main
 from modelglue.glue import glue
 from tests.glue.conftest import state, stored
-from tests.glue_runs import assert_no_half_model, fingerprint
+from tests.glue_runs import assert_no_half_model, computed_items, fingerprint
 from tests.small_zoo import write_pair_zoo, write_yaml
 
 
@@ -237,7 +237,7 @@ def test_sets_that_share_items(call: Call, zoo: Path) -> None:
         stream.write((data / "proxy.jsonl").read_text().splitlines(keepends=True)[1])
     message = refused(call, zoo)
     assert message.startswith("tasks: test and proxy share 1 items (one of them is ")
-    assert "of 'double'). The sets must be disjoint" in message
+    assert "of 'double': 'double: " in message
 
 
 def test_sets_of_different_skills(call: Call, zoo: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_disk_that_may_not_be_written(call: Call, zoo: Path, monkeypatch: pyte
 
 
 def test_a_run_of_other_settings(call: Call, zoo: Path) -> None:
-    """Settings, models and tasks are inputs; with --overwrite the folder starts afresh."""
+    """Settings, models and tasks are inputs; with --overwrite the folder starts afresh, and what has been scored is not scored again."""
     run = zoo.parent / "run"
     change(zoo, select={"strategy": "average"})
     glue(zoo / "zoo.yaml", run)
@@ -313,19 +313,38 @@ def test_a_run_of_other_settings(call: Call, zoo: Path) -> None:
     change(zoo, select={"strategy": "coefficient", "coefficients": [0.25]})
     message = refused(call, zoo, run_remains=True)
     assert message.startswith(f"{run}: holds a run of other inputs or settings (key ")
-    assert message.endswith("Choose another folder, or pass --overwrite to start afresh in this one.")
+    assert message.endswith("Choose another folder, or pass --overwrite to start afresh in this one; scores that still fit are kept.")
     (run / "left-over.txt").unlink()
     assert {name: content for name, (_, content) in state(run).items()} == {name: content for name, (_, content) in before.items()}
 
+    stored_before = stored(run)[1]
     (run / "left-over.txt").write_text("of the earlier run")
     assert call(zoo / "zoo.yaml", run, "--overwrite") == (0, "")
     assert not (run / "left-over.txt").exists()
     assert fingerprint(run) != first
     glue(zoo / "zoo.yaml", zoo.parent / "fresh")
     assert fingerprint(run) == fingerprint(zoo.parent / "fresh")
-    assert stored(run) == stored(zoo.parent / "fresh")
+    scored = computed_items(run)[0]
+    assert 0 < scored < computed_items(zoo.parent / "fresh")[0]
+    assert stored(run)[1] == stored_before + scored
     assert call(zoo / "zoo.yaml", run, "--overwrite") == (0, "")  # the same inputs: nothing is thrown away
     assert fingerprint(run) == fingerprint(zoo.parent / "fresh")
+
+
+def test_a_kill_in_the_first_write_does_not_lock_the_folder(zoo: Path) -> None:
+    run = zoo.parent / "run"
+    run.mkdir()
+    for name in (".run.json.1234.partial", ".zoo.json.1234.partial"):
+        (run / name).write_text('{"format": "model')
+    glue(zoo / "zoo.yaml", run)
+    assert [path.name for path in run.iterdir() if path.name.endswith(".partial")] == []
+    assert (run / "decisions.json").is_file()
+
+
+def test_delta_without_a_base(call: Call, zoo: Path) -> None:
+    value = yaml.safe_load((zoo / "zoo.yaml").read_text())
+    change(zoo, zoo={key: setting for key, setting in value["zoo"].items() if key != "base"}, similarity={"delta": True})
+    assert "similarity.delta subtracts the base, and the zoo has none" in refused(call, zoo)
 
 
 def swap_a_model(zoo: Path) -> None:

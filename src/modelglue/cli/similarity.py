@@ -31,9 +31,9 @@ def similarity(
     Parameters
     ----------
     models
-        Local folders, .safetensors files, or hub ids.
+        Local folders, .safetensors files, or hub ids; or one zoo file (or glue file).
     zoo
-        A zoo file (or glue file) instead of a list of models.
+        The same zoo file, named.
     mode
         Mean cosine of columns, of whole tensors, or one cosine over everything.
     scope
@@ -107,6 +107,9 @@ def _open(models: tuple[str, ...], zoo: Path | None) -> dict[str, Checkpoint]:
     from modelglue.errors import UserError
     from modelglue.zoo import read_zoo
 
+    named = [Path(model) for model in models if Path(model).suffix in (".yaml", ".yml")]
+    if zoo is None and len(named) == len(models) == 1:
+        return _open((), named[0])
     if bool(models) == (zoo is not None):
         raise UserError("give models or --zoo FILE, one of the two.")
     if zoo is None:

@@ -48,6 +48,11 @@ class Item:
         """What stands before the answer; the text that a router reads."""
         return self.requests[0].context
 
+    @property
+    def question(self) -> tuple[tuple[str, str], ...]:
+        """What is asked, without who asks: equal questions may stand in documents that differ in a number or a name."""
+        return tuple((request.context, request.continuation) for request in self.requests)
+
     def mark(self, replies: Sequence[object]) -> float:
         """The metric's value in [0, 1] for the model's replies, in the order of the requests; NaN if one of them is NaN.
 

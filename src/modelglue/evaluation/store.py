@@ -42,6 +42,7 @@ class ScoreStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._asked: dict[str, set[str]] = {}
         try:
             self._connection = sqlite3.connect(self.path, timeout=_PATIENCE)
         except sqlite3.Error as error:
@@ -91,6 +92,7 @@ class ScoreStore:
     def known(self, model: str, items: Sequence[str]) -> dict[str, float]:
         """Values of those of `items` that have been scored for `model`; NaN where the model answered NaN."""
         wanted = set(items)
+        self._asked.setdefault(model, set()).update(wanted)
         rows = self._rows("SELECT item, value FROM scores JOIN models ON models.id = scores.model WHERE models.key = ?", model)
         return {item: math.nan if value is None else value for item, value in rows if item in wanted}
 
@@ -107,6 +109,10 @@ class ScoreStore:
             raise RunError(
                 f"{self.path}: scores cannot be written ({error}). {remedy} and run it again; what was scored is kept."
             ) from error
+
+    def asked(self) -> tuple[int, int]:
+        """(models, item scores) that were asked for since the store was opened, whoever scored them."""
+        return len(self._asked), sum(map(len, self._asked.values()))
 
     def counts(self) -> tuple[int, int]:
         """(models, item scores) in the store."""

@@ -55,18 +55,19 @@ class TaskSet:
 
 
 def leak_check(tasks: Mapping[str, TaskSet]) -> None:
-    """UserError if two item sets (by name) share a document: what was searched on must not be reported on."""
-    where: dict[str, str] = {}
+    """UserError if two item sets (by name) share a document or a question: what was searched on must not be reported on."""
+    where: dict[object, str] = {}
     for split, task_set in tasks.items():
-        mine = {item.id: skill for skill, items in task_set.skills.items() for item in items}
-        shared = [(item, skill) for item, skill in mine.items() if item in where]
+        mine = [(item, skill) for skill, items in task_set.skills.items() for item in items]
+        shared = [(item, skill, mark) for item, skill in mine for mark in (item.id, item.question) if mark in where]
         if shared:
-            item, skill = shared[0]
+            item, skill, mark = shared[0]
             raise UserError(
-                f"tasks: {split} and {where[item]} share {len(shared)} items (one of them is {item} of '{skill}'). "
+                f"tasks: {split} and {where[mark]} share {len({item.key for item, _, _ in shared})} items "
+                f"(one of them is {item.id} of '{skill}': {item.context[:60]!r}). "
                 "The sets must be disjoint; give other tasks, or remove the items from one of the files."
             )
-        where |= dict.fromkeys(mine, split)
+        where |= {mark: split for item, _ in mine for mark in (item.id, item.question)}
 
 
 def _with_unique_ids(items: Sequence[Item]) -> Iterator[Item]:

@@ -13,7 +13,7 @@ from typing import Any
 from modelglue.checkpoint import Checkpoint, SafetensorsCheckpoint, open_checkpoint
 from modelglue.errors import UserError
 from modelglue.evaluation import CandidateEvaluator, ResidentModel, ScoreStore, TaskSet, leak_check, score_text_model
-from modelglue.glue.run_folder import RunFolder
+from modelglue.glue.run_folder import SCORES, RunFolder
 from modelglue.glue.schema import GlueFile
 from modelglue.models import check_fit, load_tokenizer
 from modelglue.recipe import Candidate, Recipe, Scores, build, linear_recipe
@@ -57,7 +57,7 @@ class Bench:
     @contextmanager
     def scoring(self, run: RunFolder) -> Iterator[None]:
         """Open the run's store of scores, and one evaluator per item set."""
-        with ScoreStore(run.path("scores.sqlite")) as store:
+        with ScoreStore(run.path(SCORES)) as store:
             self._store, self._run = store, run
             resident = ResidentModel()
             for split, tasks in self.tasks.items():
@@ -81,9 +81,9 @@ class Bench:
         return score_text_model(model, identity, self.tasks[split], self._store, on_batch=self._on_batch)
 
     def scored(self) -> tuple[int, int]:
-        """(models and candidates, items) in the run's store."""
+        """(models and candidates, items) that this run asked for, whichever of its processes scored them."""
         assert self._store is not None, "scores are asked for inside `scoring` only"
-        return self._store.counts()
+        return self._store.asked()
 
     def recipe_of(self, candidate: Candidate, references: Mapping[str, str] | None = None) -> Recipe:
         """The candidate as a recipe over aliases, or over the references that stand for them."""

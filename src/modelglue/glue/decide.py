@@ -19,7 +19,7 @@ from modelglue.zoo import Similarity, find_families, groups, signature, similari
 
 
 def describe_zoo(bench: Bench) -> dict[str, Any]:
-    """zoo.json: who is in the zoo, and whose contents are equal. Reads every weight once: CheckpointError for one that is no number."""
+    """zoo.json: who is in the zoo, and whose contents are equal. Reads every weight: CheckpointError for one that is no number."""
     for checkpoint in bench.checkpoints.values():
         check_values(checkpoint)
     models = []

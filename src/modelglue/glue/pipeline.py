@@ -3,7 +3,7 @@
 `glue` walks through the steps; each leaves a file in the run folder. Selection is replayed, not resumed: it asks its
 evaluator again from the start, and the store answers everything that an earlier process had scored.
 
-Memory: one resident model per architecture while scoring, memory-mapped members, chunks while writing. Time goes into
+Memory: one resident model while scoring candidates, all experts while scoring the mixture, chunks while writing. Time goes into
 scoring; `results.json` says how much was scored.
 """
 

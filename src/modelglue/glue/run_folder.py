@@ -21,6 +21,7 @@ from modelglue.errors import UserError
 
 MARKER = "run.json"
 LOCK = ".lock"
+SCORES = "scores.sqlite"
 
 
 @dataclass(frozen=True)
@@ -80,22 +81,25 @@ class RunFolder:
 def open_run(root: Path, key: str, *, overwrite: bool) -> Iterator[RunFolder]:
     """Create or continue the run folder `root`, held by one writer.
 
-    A folder of another run (other inputs or settings) is an error unless `overwrite`; a folder that is no run folder is
-    never touched.
+    A folder of another run (other inputs or settings) is an error unless `overwrite`, which keeps nothing but the scores: their keys are
+    contents, so what still fits is not scored again. A folder that is no run folder is never touched. What a killed process was about to
+    write is removed.
     """
     if root.exists() and not root.is_dir():
         raise UserError(f"{root}: is a file; a run needs a folder. Choose another path.")
     marker = root / MARKER
-    if root.is_dir() and not marker.is_file() and any(entry.name != LOCK for entry in root.iterdir()):
+    if root.is_dir() and not marker.is_file() and not all(entry.name == LOCK or _is_torn(entry) for entry in root.iterdir()):
         raise UserError(
             f"{root}: the folder exists and holds no modelglue run ({MARKER} is missing). Choose a new path; it will not be overwritten."
         )
     with _locked(root):
+        for entry in [entry for entry in root.iterdir() if _is_torn(entry)]:
+            entry.unlink()
         if marker.is_file() and (found := _key_of(marker)) != key:
             if not overwrite:
                 raise UserError(
                     f"{root}: holds a run of other inputs or settings (key {found[:12]}, this run has {key[:12]}). "
-                    "Choose another folder, or pass --overwrite to start afresh in this one."
+                    "Choose another folder, or pass --overwrite to start afresh in this one; scores that still fit are kept."
                 )
             _empty(root)
         run = RunFolder(root, key)
@@ -120,15 +124,20 @@ def _locked(root: Path) -> Iterator[None]:
 
 
 def _empty(root: Path) -> None:
-    """Remove an earlier run; its marker goes last, so that a kill in between leaves a run folder and nothing strange."""
+    """Remove an earlier run but its scores; its marker goes last, so that a kill in between leaves a run folder and nothing strange."""
     for entry in sorted(root.iterdir()):
-        if entry.name in (LOCK, MARKER):
+        if entry.name in (LOCK, MARKER) or entry.name.startswith(SCORES):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
     (root / MARKER).unlink()
+
+
+def _is_torn(entry: Path) -> bool:
+    """A file that was being written, under its temporary name, when its process was killed."""
+    return entry.name.startswith(".") and entry.name.endswith(".partial") and entry.is_file()
 
 
 def _key_of(marker: Path) -> str:

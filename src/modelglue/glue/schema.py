@@ -119,6 +119,12 @@ class GlueFile(Group):
         return self
 
     @model_validator(mode="after")
+    def _delta_has_a_base(self) -> GlueFile:
+        if self.similarity.delta and self.zoo.base is None:
+            raise ValueError("similarity.delta subtracts the base, and the zoo has none; give zoo.base, or leave delta out")
+        return self
+
+    @model_validator(mode="after")
     def _encoder_is_known(self) -> GlueFile:
         known = [model.alias for model in self.zoo.models]
         if self.router.encoder not in (None, "auto", *known):

@@ -101,7 +101,7 @@ class Method:
     summary: str
     doc: str
     source: str
-    #: what a recipe's own parameters mean for the linear combination of single-model scores is not our business here
+    #: fixed, or decided by the parameters of a merge; asked through `unit`, `rounds` and `resolve`
     _unit: Unit | Callable[[Mapping[str, Any]], Unit] = field(repr=False)
     _rounds: Sequence[Round] | Callable[[Mapping[str, Any]], Sequence[Round]] = field(repr=False)
     _check: Callable[[Mapping[str, Any]], str | None] | None = field(repr=False, default=None)

@@ -120,7 +120,10 @@ class Reader:
 
 
 def entering(model: Any, ids: torch.Tensor, mask: torch.Tensor, layer: int) -> torch.Tensor:
-    """Residual stream [B, T, d] entering decoder layer `layer` (0 = embedding output), in float32; later layers do not run."""
+    """Residual stream [B, T, d] entering decoder layer `layer` (0 = embedding output), in float32; later layers do not run. One
+    thread: what it decides is written down, and must not depend on the number of cores."""
+    from modelglue.checkpoint.workers import single_thread
+
     _, layers = decoder_layers(model)
     caught: list[torch.Tensor] = []
 
@@ -131,7 +134,7 @@ def entering(model: Any, ids: torch.Tensor, mask: torch.Tensor, layer: int) -> t
     handle = layers[layer].register_forward_pre_hook(catch, with_kwargs=True)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     try:
-        with inference(model):
+        with single_thread(), inference(model):
             model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     except _Reached:
         pass
