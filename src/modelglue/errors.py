@@ -26,6 +26,10 @@ class RunError(ModelGlueError):
     """A failure of the run itself: disk full, out of memory, a worker that died."""
 
 
+class WorkerDiedError(RunError):
+    """A worker process was killed from outside, most often for want of memory; what was finished stays for the next run."""
+
+
 class RecipeError(UserError):
     """A recipe, zoo file or glue file that cannot be obeyed; names file and line."""
 

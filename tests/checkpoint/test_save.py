@@ -25,6 +25,7 @@ from modelglue.checkpoint import (
     RenamedCheckpoint,
     SafetensorsCheckpoint,
     TensorsCheckpoint,
+    open_checkpoint,
     plan_output,
     save,
     torch_dtype,
@@ -236,6 +237,33 @@ def test_outputs_recipe_gives_the_same_bytes_again(zoo: list[SafetensorsCheckpoi
     assert contents(tmp_path / "2" / "out") == contents(tmp_path / "1" / "out")
 
 
+def test_recipe_names_local_models_as_they_are_seen_from_the_folder(
+    zoo: list[SafetensorsCheckpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From wherever it was called, by whatever names; nested merges too. What is absolute stays."""
+    monkeypatch.chdir(tmp_path / "zoo" / "m0")
+    named = [SafetensorsCheckpoint(Path("../m1")), open_checkpoint("m2", relative_to=tmp_path / "zoo"), open_checkpoint(zoo[3].path)]
+    merged = merge_of([open_checkpoint("."), named[0], merge_of([None, *named[1:]], "linear", store="float32")])
+    save(merged, tmp_path / "far" / "1" / "out")
+    recipe = yaml.safe_load((tmp_path / "far" / "1" / "out" / RECIPE_FILE).read_text())
+    assert recipe["base"] == "../../../zoo/m0"
+    assert recipe["models"][0]["model"] == "../../../zoo/m1"
+    inner = [entry["model"] for entry in recipe["models"][1]["model"]["models"]]
+    assert inner == ["../../../zoo/m2", str(zoo[3].path)]
+    card = (tmp_path / "far" / "1" / "out" / "README.md").read_text()
+    assert "| `../../../zoo/m0` |\n| `../../../zoo/m1` |\n| `../../../zoo/m2` |\n" in card
+    monkeypatch.chdir("/")
+    save(modelglue.merge(tmp_path / "far" / "1" / "out" / RECIPE_FILE), tmp_path / "far" / "1" / "again")
+    assert contents(tmp_path / "far" / "1" / "again") == contents(tmp_path / "far" / "1" / "out")
+
+
+def test_recipe_keeps_hub_ids(tmp_path: Path) -> None:
+    models = [hub_model(tmp_path, "org/one", "org/one"), hub_model(tmp_path, "org/two", "org/two@v1.0")]
+    save(MergedCheckpoint(get("linear"), models, None, {"weight": [0.5] * 2, "normalize": True}), tmp_path / "out")
+    recipe = yaml.safe_load((tmp_path / "out" / RECIPE_FILE).read_text())
+    assert [entry["model"] for entry in recipe["models"]] == ["org/one", "org/two@v1.0"]
+
+
 def nested_in_bfloat16(zoo: list[SafetensorsCheckpoint]) -> Checkpoint:
     """A nested merge that rounds to the donor's bfloat16, which a recipe must say: its default is float32."""
     return merge_of([zoo[0], merge_of([zoo[0], *zoo[1:]], "linear"), zoo[3]], "ties")
@@ -277,23 +305,24 @@ def test_card_names_parents_method_and_recipe(tmp_path: Path) -> None:
     local = model_at(tmp_path / "org" / "local", "org/local")  # a path that reads like a hub id
     models = [hub_model(tmp_path, "org/one", "org/one"), hub_model(tmp_path, "org/two", "org/two@v1.0"), local]
     merged = MergedCheckpoint(get("linear"), [*models, models[0]], None, {"weight": [0.25] * 4, "normalize": True})
-    card = model_card(merged, "method: linear\n", "my-model")
+    card = model_card(merged, "method: linear\n", {"org/local": "../org/local"})
     opening, front, body = card.split("---\n", 2)
     assert opening == ""
     assert yaml.safe_load(front) == {
         "base_model": ["org/one", "org/two"], "base_model_relation": "merge", "library_name": "transformers",
         "tags": ["merge", "modelglue"],
     }  # fmt: skip
-    assert body.startswith("\n# my-model\n")
+    assert body.startswith("\n# Merged model\n")
     assert "by the method `linear`" in body
     assert body.count("| `org/one` |") == 1
     assert "| `org/two@v1.0` |" in body
-    assert "| `org/local` |" in body
+    assert "| `../org/local` |" in body
+    assert "| `org/local` |" not in body
     assert "```yaml\nmethod: linear\n```" in body
 
 
 def test_card_without_hub_parents_has_no_base_model() -> None:
-    card = model_card(TensorsCheckpoint({"w": torch.ones(1)}, label="/abs/path"), "x", "name")
+    card = model_card(TensorsCheckpoint({"w": torch.ones(1)}, label="/abs/path"), "x", {})
     assert yaml.safe_load(card.split("---\n")[1]) == {"library_name": "transformers", "tags": ["merge", "modelglue"]}
 
 
@@ -301,4 +330,4 @@ def test_card_reaches_parents_of_nested_merges_and_views(tmp_path: Path) -> None
     a, b = (hub_model(tmp_path, name, name) for name in ("org/a", "org/b"))
     inner = MergedCheckpoint(get("linear"), [a], None, {"weight": [1.0], "normalize": True})
     joined = JoinedCheckpoint({"x.": inner, "y.": RenamedCheckpoint(b, {"v": "w"})})
-    assert yaml.safe_load(model_card(joined, "x", "name").split("---\n")[1])["base_model"] == ["org/a", "org/b"]
+    assert yaml.safe_load(model_card(joined, "x", {}).split("---\n")[1])["base_model"] == ["org/a", "org/b"]

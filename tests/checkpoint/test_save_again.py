@@ -14,7 +14,7 @@ import torch
 
 from modelglue.checkpoint import RECIPE_FILE, Checkpoint, SafetensorsCheckpoint, TensorsCheckpoint, save, staging, writer
 from modelglue.checkpoint.staging import JOURNAL, LOCK, staged
-from modelglue.errors import MergeError, ModelGlueError, RunError, UserError
+from modelglue.errors import MergeError, ModelGlueError, RunError, UserError, WorkerDiedError
 from tests.checkpoint.files import contents, names_in, write_single
 from tests.checkpoint.killing import dying, forked, run_in_child
 from tests.checkpoint.merges import merge_of, reopened, write_zoo
@@ -317,6 +317,101 @@ def test_overwrite_replaces_the_whole_folder(
     assert siblings(out.parent) == []
 
 
+@pytest.mark.parametrize("kind", ["file", "dangling", "folder"])
+def test_overwrite_destroys_nothing_that_is_no_output(kind: str, zoo: Zoo, tmp_path: Path) -> None:
+    out = tmp_path / "work" / "out"
+    out.parent.mkdir()
+    if kind == "file":
+        out.write_text("mine")
+        expected = r"out: exists already and is a file, not a folder\. Choose another path, or remove it\.$"
+    elif kind == "dangling":
+        out.symlink_to(tmp_path / "gone")
+        expected = rf"out: is a link to {tmp_path}/gone, which does not exist\."
+    else:
+        out.mkdir()
+        (out / "thesis.tex").write_text("years of work")
+        expected = r"out: holds 'thesis\.tex' and is neither a model nor a mixture, .* remove the folder by hand\.$"
+    before = names_in(out.parent), contents(out.parent)
+    steps: list[int] = []
+    with pytest.raises(UserError, match=expected) as caught:
+        save_merge(zoo, out, overwrite=True, progress=lambda done, _: steps.append(done))
+    assert (caught.value.exit_code, steps) == (2, [])
+    assert (names_in(out.parent), contents(out.parent)) == before
+    assert out.is_symlink() == (kind == "dangling")
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("inside", [*staging._OUTPUTS, None])
+def test_overwrite_replaces_outputs_and_empty_folders(inside: str | None, zoo: Zoo, expected: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "work" / "out"
+    out.mkdir(parents=True)
+    if inside is not None:
+        (out / inside).write_text("{}")
+    save_merge(zoo, out, overwrite=True)
+    assert contents(out) == expected
+
+
+def test_overwrite_follows_a_link_and_keeps_it(zoo: Zoo, expected: dict[str, bytes], tmp_path: Path) -> None:
+    disk, work = tmp_path / "disk", tmp_path / "work"
+    (disk / "real").mkdir(parents=True)
+    (disk / "real" / "config.json").write_text("{}")
+    work.mkdir()
+    (work / "out").symlink_to("../disk/real")
+    beside: list[list[str]] = []
+    with pytest.raises(UserError, match="exists already"):
+        save_merge(zoo, work / "out")
+    report = save_merge(zoo, work / "out", overwrite=True, progress=lambda *_: beside.append(names_in(disk)))
+    assert beside[0][0].startswith(".real."), "the sibling is on the disk of the folder, not of the link"
+    assert not report.already_complete
+    assert (work / "out").readlink() == Path("../disk/real")
+    assert contents(disk / "real") == expected
+    assert (names_in(disk), names_in(work)) == (["real"], ["out"])
+    assert save_merge(zoo, work / "out").already_complete
+
+
+@pytest.mark.parametrize(("target", "relation"), [("m1", "is"), ("", "holds"), ("m1/out", "lies in"), ("link", "is")])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_inputs_are_never_written_to(target: str, relation: str, overwrite: bool, tmp_path: Path) -> None:
+    zoo = write_zoo(tmp_path / "zoo")
+    (tmp_path / "zoo" / "config.json").write_text("{}")
+    (tmp_path / "zoo" / "link").symlink_to("m1")
+    model = zoo[0 if relation == "holds" else 1].path
+    before = contents(tmp_path)
+    with pytest.raises(UserError) as caught:
+        save_merge(zoo, tmp_path / "zoo" / target, overwrite=overwrite)
+    place = tmp_path / "zoo" / target
+    assert str(caught.value) == f"{place}: {relation} the model '{model}' ({model}), which is merged here. Choose another path."
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_beside_a_weight_file_is_not_in_it(tmp_path: Path) -> None:
+    file = write_single(tmp_path / "files", {"w": torch.ones(3)}) / "model.safetensors"
+    save(SafetensorsCheckpoint(file), tmp_path / "files" / "out")
+    assert torch.equal(SafetensorsCheckpoint(tmp_path / "files" / "out").tensor("w"), torch.ones(3))
+    with pytest.raises(UserError, match="files: holds the model"):
+        save(SafetensorsCheckpoint(file), tmp_path / "files", overwrite=True)
+
+
+def test_another_engine_takes_nothing_over(
+    zoo: Zoo, expected: dict[str, bytes], tmp_path: Path, small_tasks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "work" / "out"
+
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_merge(zoo, out, progress=interrupt)
+    monkeypatch.setattr(writer, "ENGINE_VERSION", writer.ENGINE_VERSION + 1)
+    assert save_merge(zoo, out).resumed_bytes == 0
+    assert save_merge(zoo, out).already_complete
+    monkeypatch.setattr(writer, "ENGINE_VERSION", writer.ENGINE_VERSION + 1)
+    with pytest.raises(UserError, match="exists already"):
+        save_merge(zoo, out)
+    assert contents(out) == expected
+
+
 @forked
 def test_killed_between_exchange_and_removal_mixes_nothing(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The half-done folder then holds the old model under the new one's working name: same names, same sizes, other bytes."""
@@ -543,14 +638,24 @@ def test_bug_in_the_merge_leaves_nothing_and_is_not_dressed_up(tmp_path: Path, w
     assert names_in(tmp_path) == []
 
 
-def test_worker_that_dies_is_a_run_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_that_dies_leaves_what_was_finished_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the message says; the output is far too small for the journal to be written before its end."""
     monkeypatch.setattr(writer, "_TASK_ELEMENTS", 1)
-    odd = _Odd(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(staging, "_PATIENCE", 2)
+    act = [lambda: os.kill(os.getpid(), signal.SIGKILL)]
+    odd = _Odd(lambda: act[0]())
     odd.__dict__["identity"] = "0" * 64
-    with pytest.raises(RunError, match=r"a worker process died.*fewer --workers") as caught:
+    with pytest.raises(WorkerDiedError, match=r"fewer --workers; the finished part is kept") as caught:
         save(odd, tmp_path / "out", workers=2)
     assert caught.value.exit_code == 1
-    assert names_in(tmp_path) == []
+    [left] = names_in(tmp_path)
+    assert left.startswith(".out.")
+    act[0] = lambda: None
+    report = save(odd, tmp_path / "out", workers=1)
+    assert 0 < report.resumed_bytes < report.bytes
+    save(odd, tmp_path / "afresh" / "out", workers=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "afresh" / "out")
+    assert names_in(tmp_path) == ["afresh", "out"]
 
 
 @forked

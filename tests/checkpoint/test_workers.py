@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from modelglue.checkpoint.workers import run_tasks, single_thread
-from modelglue.errors import MergeError, RunError
+from modelglue.errors import MergeError, WorkerDiedError
 
 
 def square(state: Any, task: int) -> tuple[int, int, int]:
@@ -92,11 +92,10 @@ def leave(state: Any, task: int) -> None:
 
 @pytest.mark.parametrize("function", [die, leave])
 def test_worker_that_dies_is_a_run_error(function: Any) -> None:
-    with pytest.raises(
-        RunError, match=r"a worker process died, probably for want of memory\. Run it again with fewer --workers\."
-    ) as caught:
+    message = "a worker process died, probably for want of memory. Run it again with fewer --workers; the finished part is kept."
+    with pytest.raises(WorkerDiedError) as caught:
         run_tasks(function, None, list(range(20)), workers=2, on_done=lambda *_: None)
-    assert caught.value.exit_code == 1
+    assert (str(caught.value), caught.value.exit_code) == (message, 1)
     assert multiprocessing.active_children() == []
 
 

@@ -132,6 +132,21 @@ dtype: {store: bfloat16}
     assert load_file(tmp_path / "deep" / "down" / "out" / "model.safetensors")[NAME].dtype == torch.bfloat16
 
 
+def test_an_outputs_recipe_gives_the_same_bytes_beside_it(run: Run, zoo: Path, tmp_path: Path) -> None:
+    """Its references are taken from where it stands, wherever the first recipe stood."""
+    assert run("merge", zoo / "recipe.yaml", tmp_path / "deep" / "down" / "out", "--quiet").code == 0
+    recipe = (tmp_path / "deep" / "down" / "out" / "modelglue_recipe.yaml").read_text()
+    assert "base: ../../../zoo/base\n" in recipe
+    assert run("merge", tmp_path / "deep" / "down" / "out" / "modelglue_recipe.yaml", tmp_path / "deep" / "down" / "again").code == 0
+    assert tree(tmp_path / "deep" / "down" / "again") == tree(tmp_path / "deep" / "down" / "out")
+    assert "Paths in it are seen from this folder" in (tmp_path / "deep" / "down" / "again" / "README.md").read_text()
+
+
+def test_an_output_on_an_input(run: Run, zoo: Path) -> None:
+    message = refused(run, zoo, zoo / "recipe.yaml", zoo / "a", "--overwrite")
+    assert message == f"{zoo}/a: is the model 'a' ({zoo}/a), which is merged here. Choose another path."
+
+
 def test_mergekits_dialect(run: Run, zoo: Path) -> None:
     write_recipe(
         zoo / "r.yaml",
@@ -414,6 +429,11 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(run: Run, zoo: Path) -
     (zoo / "out").mkdir()
     (zoo / "out" / "thesis.tex").write_text("years of work")
     assert refused(run, zoo) == f"{zoo}/out: exists already. Choose another path, or pass --overwrite to replace it."
+    assert refused(run, zoo, zoo / "recipe.yaml", zoo / "out", "--overwrite") == (
+        f"{zoo}/out: holds 'thesis.tex' and is neither a model nor a mixture, so it is not replaced. "
+        "Choose another path, or remove the folder by hand."
+    )
+    (zoo / "out" / "config.json").write_text("{}")
     assert run("merge", zoo / "recipe.yaml", zoo / "out", "--overwrite", "--quiet").code == 0
     assert sorted(path.name for path in (zoo / "out").iterdir()) == [
         "README.md", "config.json", "model.safetensors", "modelglue_recipe.yaml", "tokenizer.json",
@@ -526,8 +546,10 @@ def test_out_of_memory(run: Run, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_worker_that_dies(run: Run, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modelglue.checkpoint.writer._TASK_ELEMENTS", 50)
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: os.kill(os.getpid(), signal.SIGKILL))
-    message = refused(run, zoo, zoo / "recipe.yaml", zoo / "out", "--workers", "2", code=1)
-    assert message.startswith("a worker process died, probably for want of memory.")
+    found = run("merge", zoo / "recipe.yaml", zoo / "out", "--workers", "2")
+    expected = "a worker process died, probably for want of memory. Run it again with fewer --workers; the finished part is kept."
+    assert (found.code, found.out, found.err) == (1, "", f"error: {expected}\n")
+    assert not (zoo / "out").exists()
 
 
 def test_ctrl_c_keeps_what_was_done_for_the_next_run(run: Run, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -9,11 +10,15 @@ import yaml
 from modelglue.checkpoint.protocol import Checkpoint
 
 
-def model_card(checkpoint: Checkpoint, recipe: str, name: str) -> str:
-    """The card's text; a function of recipe and models, so equal recipes give equal cards."""
+def model_card(checkpoint: Checkpoint, recipe: str, references: Mapping[str, str]) -> str:
+    """The card's text; a function of recipe and models, so equal recipes give equal cards, whatever the folder is called.
+
+    `references`: how the recipe in the folder calls a model, where that is not what the checkpoint calls it.
+    """
     description = checkpoint.describe()
     sources = checkpoint.sources()
-    models = list(dict.fromkeys(str(source.describe().get("model")) for source in sources))
+    named = [str(source.describe().get("model")) for source in sources]
+    models = list(dict.fromkeys(references.get(name, name) for name in named))
     hub = list(dict.fromkeys(source.hub_id for source in sources if source.hub_id is not None))
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "modelglue"]}
     if hub:
@@ -24,7 +29,7 @@ def model_card(checkpoint: Checkpoint, recipe: str, name: str) -> str:
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {name}
+# Merged model
 
 Made with modelglue by the method `{method}` from:
 
@@ -32,7 +37,8 @@ Made with modelglue by the method `{method}` from:
 |---|
 {rows}
 
-The recipe, which gives these same bytes again (`modelglue merge modelglue_recipe.yaml out/`):
+The recipe. Paths in it are seen from this folder; `modelglue merge modelglue_recipe.yaml ../again`, called here, gives these
+same bytes again:
 
 ```yaml
 {recipe.strip()}

@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from modelglue.errors import RunError, UserError
+from modelglue.errors import RunError, UserError, WorkerDiedError
 
 LOCK = ".lock"
 #: what a half-done folder holds to be continued; gone when it gets its final name
 JOURNAL = ".journal"
+#: a folder with one of these is an output that may be replaced; any other may be somebody's work
+_OUTPUTS = ("config.json", "modelglue_recipe.yaml", "mixture.json", "model.safetensors", "model.safetensors.index.json")
 #: seconds to wait for a lock: the workers of a process that was just killed hold it until they are dead too
 _PATIENCE = 2.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,11 +38,15 @@ def staged(directory: Path, *, key: str, overwrite: bool = False) -> Iterator[Pa
     """Yield the temporary sibling in which `directory` is built; on success it is flushed and renamed.
 
     The sibling is named by `key` (hex), so a process that was killed finds its half-done work again; it is locked by one
-    writer. A ModelGlueError or an OSError removes it; Ctrl-C and SIGKILL leave it for the next run. With `overwrite` the old
-    folder is exchanged for the new one in one step where the system can, so that neither is ever missing. What earlier
-    writers with other keys left half done is removed when the folder appears.
+    writer. A ModelGlueError or an OSError removes it; Ctrl-C, SIGKILL and a worker that died leave it for the next run. With
+    `overwrite` the old folder is exchanged for the new one in one step where the system can, so that neither is ever missing;
+    where `directory` is a link, the folder that it points to is. What earlier writers with other keys left half done is removed
+    when the folder appears.
+
+    UserError, before anything is written, for what must not be replaced: without `overwrite` whatever exists, with it a file, a
+    link to nothing, and a folder with files that is no model and no mixture.
     """
-    directory = directory.absolute()
+    directory = _followed(directory)
     _check_free(directory, overwrite)
     sibling = directory.parent / f".{directory.name}.{key[:16]}.partial"
     with _locked(sibling, directory, _PATIENCE):
@@ -52,6 +58,8 @@ def staged(directory: Path, *, key: str, overwrite: bool = False) -> Iterator[Pa
                 (sibling / name).unlink(missing_ok=True)
             _move(sibling, directory)
             _flush(directory.parent)
+        except WorkerDiedError:
+            raise
         except (Exception, SystemExit) as error:
             shutil.rmtree(sibling, ignore_errors=True)
             if isinstance(error, OSError):
@@ -60,9 +68,32 @@ def staged(directory: Path, *, key: str, overwrite: bool = False) -> Iterator[Pa
     _sweep(directory)
 
 
+def _followed(directory: Path) -> Path:
+    """The folder itself where `directory` is a link to it: the link stays, and the half-done sibling is on the folder's disk."""
+    if not directory.is_symlink():
+        return directory.absolute()
+    target = Path(os.path.realpath(directory))
+    if not target.exists():
+        raise UserError(f"{directory}: is a link to {target}, which does not exist. Make that folder, or remove the link.")
+    return target
+
+
 def _check_free(directory: Path, overwrite: bool) -> None:
-    if directory.exists() and not overwrite:
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UserError(f"{directory}: exists already and is a file, not a folder. Choose another path, or remove it.")
+    if not overwrite:
         raise UserError(f"{directory}: exists already. Choose another path, or pass --overwrite to replace it.")
+    try:
+        found = sorted(entry.name for entry in directory.iterdir())
+    except OSError as error:
+        raise io_error(directory, error) from error
+    if found and not set(found) & set(_OUTPUTS):
+        raise UserError(
+            f"{directory}: holds '{found[0]}' and is neither a model nor a mixture, so it is not replaced. "
+            "Choose another path, or remove the folder by hand."
+        )
 
 
 @contextmanager

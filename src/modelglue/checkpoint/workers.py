@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
-from modelglue.errors import RunError
+from modelglue.errors import WorkerDiedError
 
 #: state that tasks share; set before workers start, so that a forked worker has it for nothing
 _state: Any = None
@@ -31,7 +31,7 @@ def run_tasks(
 ) -> None:
     """Call `function(state, task)` for every task, in `workers` processes; `on_done(task, result)` runs here, as they end.
 
-    With one worker everything runs in this process. A worker that dies raises RunError; an exception of a task is raised
+    With one worker everything runs in this process. A worker that dies raises WorkerDiedError; an exception of a task is raised
     here as it is. Tasks are started in the order given: put long ones first.
     """
     if workers <= 1 or len(tasks) <= 1:
@@ -48,7 +48,9 @@ def run_tasks(
             warnings.simplefilter("ignore", DeprecationWarning)
             _drive(pool, tasks, workers, on_done)
     except BrokenProcessPool as error:
-        raise RunError("a worker process died, probably for want of memory. Run it again with fewer --workers.") from error
+        raise WorkerDiedError(
+            "a worker process died, probably for want of memory. Run it again with fewer --workers; the finished part is kept."
+        ) from error
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.kill()

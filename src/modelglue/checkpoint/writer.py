@@ -21,14 +21,16 @@ from types import TracebackType
 from typing import Any
 
 from modelglue.checkpoint.card import model_card
-from modelglue.checkpoint.folder import INDEX
+from modelglue.checkpoint.folder import INDEX, SafetensorsCheckpoint
 from modelglue.checkpoint.protocol import ITEM_SIZE, Checkpoint
 from modelglue.checkpoint.staging import JOURNAL, LOCK, json_bytes, staged
 from modelglue.checkpoint.workers import run_tasks
 from modelglue.checkpoint.yaml_text import yaml_text
-from modelglue.errors import CheckpointError, RunError
+from modelglue.errors import CheckpointError, RunError, UserError, WorkerDiedError
 from modelglue.settings import CHUNK_ELEMENTS, SMALL_OUTPUT_BYTES, cache_dir, default_workers
 
+#: raise it when equal recipes give other bytes: what an older engine wrote, or half wrote, is then not taken for this one's
+ENGINE_VERSION = 1
 RECIPE_FILE = "modelglue_recipe.yaml"
 #: elements that one task writes at least, when tensors are small enough to be bundled
 _TASK_ELEMENTS = 2**23
@@ -178,25 +180,76 @@ def save(
     Time: every input byte is read as often as the expression's method needs it (once for linear), every output byte is written
     once. Memory: O(chunk x inputs) in each worker, whatever the size of the model. `progress(done, total)` gets bytes.
 
+    The recipe in the folder (unless `recipe_text` is given) refers to local models by paths that are relative to the folder;
+    absolute paths and hub ids stay as they are.
+
     A killed save continues when it is called again with the same inputs; a finished one is recognised and left alone.
-    Raises UserError for an existing other folder or missing permission, RunError for a full disk, MergeError for what the
-    merge finds in the weights; none of these leaves anything behind.
+    Raises UserError for an existing other folder, for one that is, holds or lies in an input's folder, or for missing permission,
+    RunError for a full disk, MergeError for what the merge finds in the weights; none of these leaves anything behind.
+    WorkerDiedError leaves what was finished to the next call.
     """
     directory = Path(directory)
     plan = plan_output(checkpoint, shard_bytes=shard_bytes, chunk=chunk)
-    recipe = recipe_text if recipe_text is not None else yaml_text(checkpoint.describe())
+    _check_apart(checkpoint, directory)
+    references = _references_from(checkpoint, directory)
+    recipe = recipe_text if recipe_text is not None else yaml_text(_renamed(checkpoint.describe(), references))
     # Chunking is part of the key because it shapes the journal's tasks; it never shapes the bytes.
-    key = hashlib.sha256(f"{plan.digest}\n{checkpoint.stamp}\n{recipe}".encode()).hexdigest()
+    key = hashlib.sha256(f"{ENGINE_VERSION}\n{plan.digest}\n{checkpoint.stamp}\n{recipe}".encode()).hexdigest()
     if _is_complete(directory, key, plan):
         return SaveReport(directory, len(plan.home), plan.tensor_bytes, len(plan.shards), 0, True)
     if workers is None:
         workers = 1 if plan.tensor_bytes < SMALL_OUTPUT_BYTES else default_workers()
-    made = _made_files(checkpoint, plan, recipe, directory.name)
+    made = _made_files(checkpoint, plan, recipe, references)
     with staged(directory, key=key, overwrite=overwrite) as folder:
         resumed = _write_shards(checkpoint, plan, folder, workers, progress)
         _write_side_files(checkpoint.files, made, folder)
         _remember_complete(directory, folder, key)
     return SaveReport(directory, len(plan.home), plan.tensor_bytes, len(plan.shards), resumed, False)
+
+
+def _check_apart(checkpoint: Checkpoint, directory: Path) -> None:
+    """UserError if writing `directory` would touch a model that the merge reads."""
+    target = Path(os.path.realpath(directory))
+    for source in checkpoint.sources():
+        if not isinstance(source, SafetensorsCheckpoint):
+            continue
+        path = Path(os.path.realpath(source.path))
+        if target == path:
+            relation = "is"
+        elif target in path.parents:
+            relation = "holds"
+        elif path in target.parents:
+            relation = "lies in"
+        else:
+            continue
+        model = source.describe()["model"]
+        raise UserError(f"{directory}: {relation} the model '{model}' ({source.path}), which is merged here. Choose another path.")
+
+
+def _references_from(checkpoint: Checkpoint, directory: Path) -> dict[str, str]:
+    """How a file in `directory` refers to the local models that the checkpoint calls by relative paths."""
+    folder = os.path.realpath(directory)
+    places: dict[str, set[str]] = {}
+    for source in checkpoint.sources():
+        if isinstance(source, SafetensorsCheckpoint):
+            reference = str(source.describe()["model"])
+            from_hub = source.hub_id is not None and source.hub_id == reference.partition("@")[0]
+            if not from_hub and not Path(reference).expanduser().is_absolute():
+                places.setdefault(reference, set()).add(os.path.relpath(os.path.realpath(source.path), folder))
+    # One name for two models can only be made in Python, and no text could tell them apart.
+    return {reference: found.pop() for reference, found in places.items() if len(found) == 1}
+
+
+def _renamed(description: Any, references: Mapping[str, str]) -> Any:
+    """A checkpoint's description with its models called by other references."""
+    if isinstance(description, list):
+        return [_renamed(value, references) for value in description]
+    if not isinstance(description, dict):
+        return description
+    return {
+        key: references.get(value, value) if key in ("model", "base") and isinstance(value, str) else _renamed(value, references)
+        for key, value in description.items()
+    }
 
 
 def _write_shards(checkpoint: Checkpoint, plan: Plan, folder: Path, workers: int, progress: Callable[[int, int], None] | None) -> int:
@@ -326,9 +379,10 @@ class _Flusher:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._thread is not None:
             self._thread.join()
-        if kind is not None and issubclass(kind, Exception):
+        died = kind is not None and issubclass(kind, WorkerDiedError)
+        if kind is not None and issubclass(kind, Exception) and not died:
             return  # the folder is about to be removed
-        if self._waiting and self._bytes >= _JOURNAL_BYTES // 4 and self._error is None:
+        if self._waiting and (died or self._bytes >= _JOURNAL_BYTES // 4) and self._error is None:
             self._flush(self._waiting)
         if self._error is not None:
             raise self._error
@@ -368,12 +422,12 @@ def _check_space(folder: Path, plan: Plan) -> None:
         )
 
 
-def _made_files(checkpoint: Checkpoint, plan: Plan, recipe: str, name: str) -> dict[str, bytes]:
+def _made_files(checkpoint: Checkpoint, plan: Plan, recipe: str, references: Mapping[str, str]) -> dict[str, bytes]:
     """What stands beside the weights and is not copied, made before they are: a broken config should not cost a merge.
 
     The index is the last, because its name means that all shards are there. The config keeps its order and what nobody knows in it.
     """
-    made = {RECIPE_FILE: recipe.encode(), "README.md": model_card(checkpoint, recipe, name).encode()}
+    made = {RECIPE_FILE: recipe.encode(), "README.md": model_card(checkpoint, recipe, references).encode()}
     if checkpoint.config:
         made["config.json"] = (json.dumps(dict(checkpoint.config), indent=2, ensure_ascii=False) + "\n").encode()
     if len(plan.shards) > 1:
