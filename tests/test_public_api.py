@@ -43,7 +43,15 @@ OPTIONS = {
     "report": "--run --json --quiet",
 }
 
-EXIT_CODES = {"UserError": 2, "RecipeError": 2, "CheckpointError": 2, "MergeError": 2, "RunError": 1, "ModelGlueError": 1}
+EXIT_CODES = {
+    "UserError": 2,
+    "RecipeError": 2,
+    "CheckpointError": 2,
+    "MergeError": 2,
+    "RunError": 1,
+    "WorkerDiedError": 1,
+    "ModelGlueError": 1,
+}
 
 
 def test_public_names() -> None:

@@ -36,7 +36,7 @@ def merge(
     shard_size
         Largest weight file, such as 500MB or 5GB.
     overwrite
-        Replace an existing folder.
+        Replace an existing model folder; a folder that holds no model is refused.
     quiet
         No progress, no summary, no warnings.
     json
