@@ -2,13 +2,13 @@
 
 from modelglue.checkpoint.folder import SafetensorsCheckpoint
 from modelglue.checkpoint.merge_function import Constant, MergeFunction, ParameterSource, Round
-from modelglue.checkpoint.merged import MergedCheckpoint
+from modelglue.checkpoint.merged import ENGINE_VERSION, MergedCheckpoint
 from modelglue.checkpoint.protocol import FLOATING, ITEM_SIZE, Checkpoint, TensorInfo
 from modelglue.checkpoint.reference import open_checkpoint
 from modelglue.checkpoint.staging import json_bytes, staged, write_bytes_atomic, write_json_atomic
 from modelglue.checkpoint.tensors import STORE_DTYPES, TensorsCheckpoint, dtype_name, torch_dtype
 from modelglue.checkpoint.views import JoinedCheckpoint, RenamedCheckpoint
-from modelglue.checkpoint.writer import ENGINE_VERSION, RECIPE_FILE, Plan, SaveReport, plan_output, save, tensor_file
+from modelglue.checkpoint.writer import RECIPE_FILE, Plan, SaveReport, plan_output, save, tensor_file
 from modelglue.checkpoint.yaml_text import SHORT_FLOAT, yaml_text
 
 __all__ = [

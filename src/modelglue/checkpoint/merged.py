@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 #: chunks of a survey are whole blocks, so that sums come out the same whatever the chunk of the merge
 SURVEY_ELEMENTS = max(CHUNK_ELEMENTS // BLOCK_ELEMENTS, 1) * BLOCK_ELEMENTS
 
+#: part of every key that a merge is known by: raise it when equal recipes give other bytes
+ENGINE_VERSION = 1
 _SHORT = {short: long for long, short in STORE_DTYPES.items()}
 
 
@@ -123,7 +125,7 @@ class MergedCheckpoint(Checkpoint):
 
     def _digest(self, of: Callable[[Checkpoint], str]) -> str:
         value = [
-            self._method.id, [of(model) for model in self._models], of(self._base) if self._base else None, of(self._donor),
+            ENGINE_VERSION, self._method.id, [of(model) for model in self._models], of(self._base) if self._base else None, of(self._donor),
             self._parameters.describe(), self._store, self._uniforms.describe(), self._streams,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

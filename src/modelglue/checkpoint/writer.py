@@ -22,6 +22,7 @@ from typing import Any
 
 from modelglue.checkpoint.card import model_card
 from modelglue.checkpoint.folder import INDEX, SafetensorsCheckpoint
+from modelglue.checkpoint.merged import ENGINE_VERSION
 from modelglue.checkpoint.protocol import ITEM_SIZE, Checkpoint
 from modelglue.checkpoint.staging import JOURNAL, LOCK, json_bytes, staged
 from modelglue.checkpoint.workers import run_tasks
@@ -29,8 +30,6 @@ from modelglue.checkpoint.yaml_text import yaml_text
 from modelglue.errors import CheckpointError, RunError, UserError, WorkerDiedError
 from modelglue.settings import CHUNK_ELEMENTS, SMALL_OUTPUT_BYTES, cache_dir, default_workers
 
-#: raise it when equal recipes give other bytes: what an older engine wrote, or half wrote, is then not taken for this one's
-ENGINE_VERSION = 1
 RECIPE_FILE = "modelglue_recipe.yaml"
 #: elements that one task writes at least, when tensors are small enough to be bundled
 _TASK_ELEMENTS = 2**23

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from modelglue.checkpoint import Checkpoint
+from modelglue.checkpoint import ENGINE_VERSION, Checkpoint
 from modelglue.evaluation.scoring import BatchListener, score_text_model
 from modelglue.evaluation.store import ScoreStore
 from modelglue.evaluation.tasks import TaskSet
@@ -90,7 +90,14 @@ class CandidateEvaluator:
         members = [self._checkpoints[alias].identity for alias in candidate.members]
         if len(members) == 1 and candidate == Candidate.single(candidate.members[0]):
             return members[0]
-        recipe = [candidate.method, members, [round(w, 6) for w in candidate.weights], candidate.parameters, self._store_dtype]
+        recipe = [
+            ENGINE_VERSION,
+            candidate.method,
+            members,
+            [round(w, 6) for w in candidate.weights],
+            candidate.parameters,
+            self._store_dtype,
+        ]
         return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
     def _live(self, candidate: Candidate, identity: str) -> Callable[[], TextModel]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modelglue.checkpoint import Checkpoint, SafetensorsCheckpoint, open_checkpoint
+from modelglue.checkpoint import ENGINE_VERSION, Checkpoint, SafetensorsCheckpoint, open_checkpoint
 from modelglue.errors import UserError
 from modelglue.evaluation import CandidateEvaluator, ResidentModel, ScoreStore, TaskSet, leak_check, score_text_model
 from modelglue.glue.run_folder import SCORES, RunFolder
@@ -144,6 +144,7 @@ def reference_of(model: ZooModel) -> str:
 def run_key(bench: Bench) -> str:
     """SHA-256 over settings, contents of the models and contents of the tasks: what a run is a function of."""
     content = {
+        "engine": ENGINE_VERSION,
         "file": bench.file.model_dump(mode="json"),
         "models": {alias: checkpoint.identity for alias, checkpoint in bench.checkpoints.items()},
         "tasks": {split: bench.task_identity(split) for split in bench.splits},
