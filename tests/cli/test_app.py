@@ -149,9 +149,12 @@ def test_a_merge(zoo: Path) -> None:
     code, out, err = finish(start("merge", "recipe.yaml", "out", cwd=zoo))
     assert (code, out) == (0, "")
     assert err.startswith("out: 14 tensors, 1.9 kB (")
-    code, out, err = finish(start("merge", "out/modelglue_recipe.yaml", "again/out", "--quiet", cwd=zoo))
+    code, out, err = finish(start("merge", "out/modelglue_recipe.yaml", "again", "--quiet", cwd=zoo))
     assert (code, out, err) == (0, "", "")
-    assert tree(zoo / "again" / "out") == tree(zoo / "out")
+    assert tree(zoo / "again") == tree(zoo / "out")
+    code, out, err = finish(start("merge", "out/modelglue_recipe.yaml", "elsewhere/again", "--quiet", cwd=zoo))
+    assert (code, out, err) == (0, "", "")
+    assert (zoo / "elsewhere" / "again" / "model.safetensors").read_bytes() == (zoo / "out" / "model.safetensors").read_bytes()
 
 
 def test_an_error(zoo: Path) -> None:
