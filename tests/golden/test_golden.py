@@ -38,7 +38,8 @@ def test_built_cases_stay_built() -> None:
     """An adapter that vanishes or no longer matches must fail here, not turn into a skip; a new one is entered in BUILT.txt."""
     present = {case.id for case in all_cases()}
     answered = {case_id for case_id in present if adapter_for(case_id, ADAPTERS) is not None}
-    folders = {case_id.split("/")[0] for case_id in present}
+    assert present, f"{FOLDER} holds no golden files"
     assert sorted(set(BUILT)) == BUILT
-    assert {case_id for case_id in BUILT if case_id.split("/")[0] in folders} == answered
-    assert folders, f"{FOLDER} holds no golden files"
+    assert set(BUILT) & present <= answered
+    if FOLDER == HERE / "files":  # another folder may hold other cases of the same systems
+        assert set(BUILT) == answered
