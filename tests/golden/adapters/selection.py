@@ -16,8 +16,6 @@ from tests.golden.cases import Adapter, Answer, Case
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-TENSOR = "model.layers.0.mlp.up_proj.weight"
-
 
 class Quantised:
     """floor(200 (1 - mean((w - target)^2))) / 200, with w the candidate's single tensor: the file's evaluator."""
@@ -26,7 +24,7 @@ class Quantised:
 
     def __init__(self, case: Case) -> None:
         self._target = case.tensors("data")["target"].double()
-        self._weights = [model[TENSOR].double() for model in case.models]
+        self._weights = [only(model).double() for model in case.models]
 
     def evaluate(self, candidate: Candidate) -> Scores:
         w = torch.zeros_like(self._target)
@@ -34,6 +32,12 @@ class Quantised:
             w += weight * self._weights[int(alias)]
         error = float(((w - self._target) ** 2).mean())
         return Scores({"distance": {"0": math.floor(200 * (1 - error)) / 200}})
+
+
+def only(model: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The single tensor of a model."""
+    (tensor,) = model.values()
+    return tensor
 
 
 def _trace(found: Selection) -> dict[str, Any]:
