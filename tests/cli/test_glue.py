@@ -188,8 +188,8 @@ def beside(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     checkout = tmp_path / "checkout"
     shutil.copytree(zoo.parent, checkout / "examples" / "tiny-zoo")
     monkeypatch.setattr(demo, "__file__", str(checkout / "src" / "modelglue" / "cli" / "demo.py"))
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "desk").mkdir()
+    monkeypatch.chdir(tmp_path / "desk")
     return checkout
 
 
@@ -200,7 +200,7 @@ def test_the_demo_is_glue_on_the_zoo_of_the_repository(run: Run, beside: Path, t
     value = json.loads(found.out)
     assert (value["run"], value["report"]) == ("runs/demo", "runs/demo/report.html")
     assert (value["outcome"], value["results"]) == (done.outcome, done.results)
-    assert (tmp_path / "work" / "runs" / "demo" / "report.html").is_file()
+    assert (tmp_path / "desk" / "runs" / "demo" / "report.html").is_file()
     again = run("demo", "runs/demo", "--json")
     assert json.loads(again.out) == {**value, "already_complete": True}
     assert run("demo", "--quiet").out == ""
@@ -218,19 +218,19 @@ def test_the_demo_without_a_zoo(run: Run, beside: Path, tmp_path: Path) -> None:
     found = run("demo")
     assert (found.code, found.out) == (2, "")
     assert found.err == (
-        f"error: the tiny zoo is not here (looked for {beside}/examples/tiny-zoo/zoo.yaml and {tmp_path}/work/examples/tiny-zoo/zoo.yaml). "
+        f"error: the tiny zoo is not here (looked for {beside}/examples/tiny-zoo/zoo.yaml and {tmp_path}/desk/examples/tiny-zoo/zoo.yaml). "
         "It comes with the repository: clone it and run `make demo` there.\n"
     )
-    assert not (tmp_path / "work" / "runs").exists()
+    assert not (tmp_path / "desk" / "runs").exists()
 
 
 def test_the_demo_starts_afresh_when_asked(run: Run, beside: Path, tmp_path: Path) -> None:
-    (tmp_path / "work" / "old").mkdir()
-    (tmp_path / "work" / "old" / "run.json").write_text('{"key": "other", "complete": true}')
+    (tmp_path / "desk" / "old").mkdir()
+    (tmp_path / "desk" / "old" / "run.json").write_text('{"key": "other", "complete": true}')
     assert run("demo", "old").code == 2
     write_yaml(beside / "examples" / "tiny-zoo" / "zoo.yaml", glue_file(["stranger"], ["double"]))
     assert run("demo", "old", "--overwrite", "--quiet").code == 0
-    assert json.loads((tmp_path / "work" / "old" / "run.json").read_text())["complete"] is True
+    assert json.loads((tmp_path / "desk" / "old" / "run.json").read_text())["complete"] is True
 
 
 def test_the_zoo_of_this_repository() -> None:

@@ -54,7 +54,7 @@ def add_trimmed_elected(
     lambda_: float,
     majority: float,
 ) -> Tensor:
-    """`add_elected` of the task vectors without their entries of magnitude up to the threshold."""
+    """`_add_elected` of the task vectors without their entries of magnitude up to the threshold."""
     kept = [_above(model - base, threshold) for model, threshold in zip(models, thresholds, strict=True)]
     return _add_elected(base, kept, scales, weight, normalize, lambda_, majority)
 
@@ -70,7 +70,7 @@ def add_dropped_elected(
     normalize: bool,
     lambda_: float,
 ) -> Tensor:
-    """`add_elected` of the task vectors without the entries whose uniform number is not below the density."""
+    """`_add_elected` of the task vectors without the entries whose uniform number is not below the density."""
     kept = [dropped(model - base, u, d) for model, u, d in zip(models, uniform, density, strict=True)]
     return _add_elected(base, kept, scales, weight, normalize, lambda_, 1.0)
 
