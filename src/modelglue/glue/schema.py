@@ -78,12 +78,15 @@ class MixtureOptions(Group):
 
 
 class RouterOptions(Group):
-    """The training-free linear router."""
+    """The training-free linear router.
+
+    The published pipeline reads the last position (`hidden`) of token embeddings (layer 0), which is blind where prompts end alike.
+    """
 
     encoder: str | None = None
     """Alias of the model behind the router; default: the representative of the largest family; `auto`: the expert that does best."""
-    gate_mode: Literal["hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "auto"] = "hidden"
-    router_layer: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    gate_mode: Literal["hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "auto"] = "auto"
+    router_layer: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Layer of the encoder whose states are routed on; `auto`: the one that knows its prompts best."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     route_span: Annotated[str, Field(pattern=r"^(prompt|full|first:[1-9][0-9]*)$")] = "prompt"
