@@ -282,7 +282,7 @@ def _walk(bench: Any, matrix: Any, astray: int) -> Iterator[tuple[str, Any]]:
         },
     )
     results = mix.final_results(bench, representatives, verdicts, mixture, outcome)
-    yield "results.json", {**results, "cost": {"candidates": 204, "items_scored": 81_340, "bytes_read": 21_640 * len(bench.members)}}
+    yield "results.json", {**results, "cost": {"candidates": 204, "items_scored": 81_340, "weights_bytes": 21_640 * len(bench.members)}}
 
 
 def _mixture(representatives: Sequence[Any], verdicts: Sequence[Any], astray: int) -> Any:

@@ -424,7 +424,7 @@ def test_zoo_and_cost(runs: Runs) -> None:
         assert cells[-1].attributes["title"] == model["identity"]
     cost = page.by_id("cost")
     assert [fact.text for fact in cost.all("dd", "value")] == ["204", "81\u202f340", "238.0 kB"]
-    assert results["cost"]["bytes_read"] == 238_040
+    assert results["cost"]["weights_bytes"] == 238_040
 
 
 def test_times_come_from_the_log(runs: Runs) -> None:

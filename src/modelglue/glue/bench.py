@@ -15,6 +15,7 @@ from modelglue.errors import UserError
 from modelglue.evaluation import CandidateEvaluator, ResidentModel, ScoreStore, TaskSet, leak_check, score_text_model
 from modelglue.glue.run_folder import SCORES, RunFolder
 from modelglue.glue.schema import GlueFile
+from modelglue.mixture import domain_prompts
 from modelglue.models import check_fit, load_tokenizer
 from modelglue.recipe import Candidate, Recipe, Scores, build, linear_recipe
 from modelglue.zoo import ZooModel
@@ -161,8 +162,6 @@ def prompts_of(bench: Bench, members: Sequence[str], won: Sequence[str]) -> dict
         positive += model.prompts.positive if model.prompts else []
         negative += model.prompts.negative if model.prompts else []
     if not positive:
-        from modelglue.mixture import domain_prompts
-
         for alias in members:
             found = domain_prompts(bench.models[alias].domain)
             positive += found["positive"]

@@ -140,5 +140,5 @@ def _walk(bench: Bench, run: RunFolder, workers: int | None) -> None:
 def _cost(bench: Bench, run: RunFolder) -> dict[str, int]:
     """What the run needed, whoever of its processes did it: a function of the inputs, like everything but the log."""
     candidates, items = bench.scored()
-    read = sum(c.info(name).nbytes for c in bench.checkpoints.values() for name in c.names())
-    return {"candidates": candidates, "items_scored": items, "bytes_read": read}
+    weights = sum(c.info(name).nbytes for c in bench.checkpoints.values() for name in c.names())
+    return {"candidates": candidates, "items_scored": items, "weights_bytes": weights}

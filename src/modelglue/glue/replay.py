@@ -11,19 +11,17 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from modelglue.checkpoint import open_checkpoint, save, write_bytes_atomic, yaml_text
 from modelglue.errors import UserError
 from modelglue.glue.bench import Bench, renamed
+from modelglue.glue.decide import Representative, references_from
 from modelglue.glue.run_folder import RunFolder, open_run
 from modelglue.mixture import ExpertSpec, Manifest, RouterSpec, write_mixture
 from modelglue.recipe import Document, Recipe, build, canonical, read_recipe
-
-if TYPE_CHECKING:
-    from modelglue.glue.decide import Representative
 
 RECIPE = "recipe.yaml"
 
@@ -112,8 +110,6 @@ def write_replay(
     run: RunFolder, bench: Bench, representatives: Sequence[Representative], plan: MixturePlan | None, outcome: Mapping[str, Any]
 ) -> None:
     """recipe.yaml, written last: with it the run can be rebuilt."""
-    from modelglue.glue.decide import references_from
-
     references = references_from(bench, run.root)
     merged = [r for r in representatives if r.is_merge]
     needed = {references[alias] for r in merged for alias in r.candidate.members}

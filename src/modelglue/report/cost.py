@@ -26,7 +26,7 @@ def counts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("models and candidates scored", text.count(cost["candidates"])),
         ("items scored", text.count(cost["items_scored"])),
-        ("weights in the zoo", text.size(cost["bytes_read"])),
+        ("weights in the zoo", text.size(cost["weights_bytes"])),
     ]
 
 
