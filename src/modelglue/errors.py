@@ -7,6 +7,7 @@ Every message says the place, what was found, what is allowed and what to do, in
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -40,6 +41,12 @@ class CheckpointError(UserError):
 
 class MergeError(UserError):
     """Inputs that a merge method cannot combine; names the method, the tensor and the models."""
+
+
+#: what the system says of a path that cannot be used as it is: the user's to mend
+MENDABLE = (
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 
 
 def did_you_mean(word: str, known: Iterable[str], *, limit: int = 3) -> str:

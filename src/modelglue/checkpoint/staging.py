@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from modelglue.errors import RunError, UserError, WorkerDiedError
+from modelglue.errors import MENDABLE, RunError, UserError, WorkerDiedError
 
 LOCK = ".lock"
 #: what a half-done folder holds to be continued; gone when it gets its final name
@@ -27,10 +27,6 @@ _OUTPUTS = ("config.json", "modelglue_recipe.yaml", "mixture.json", "model.safet
 #: seconds to wait for a lock: the workers of a process that was just killed hold it until they are dead too
 _PATIENCE = 2.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-#: the path itself cannot be used: the user's to mend
-_REFUSED = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
-)  # fmt: skip
 
 
 @contextmanager
@@ -141,7 +137,7 @@ def io_error(path: Path, error: OSError) -> Exception:
     """An operating system's error in our words."""
     if error.errno in _FULL:
         return RunError(f"{path}: the disk is full ({error.strerror}). Free some space and run it again; nothing was left behind.")
-    if error.errno in _REFUSED:
+    if error.errno in MENDABLE:
         return UserError(f"{path}: cannot be written ({error.strerror}). Choose a folder you may write to.")
     return RunError(f"{path}: {error}. Nothing was left behind.")
 

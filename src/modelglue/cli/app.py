@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -11,7 +10,7 @@ from typing import NoReturn
 from cyclopts import App, Parameter
 
 from modelglue import __version__
-from modelglue.errors import ModelGlueError, RunError, UserError, did_you_mean
+from modelglue.errors import MENDABLE, ModelGlueError, RunError, UserError, did_you_mean
 
 app = App(
     name="modelglue",
@@ -41,12 +40,6 @@ for _name, (_path, _help) in COMMANDS.items():
     app.command(_path, name=_name, help=_help)
 
 
-#: what the system says of a path that cannot be used
-_MENDABLE = (
-    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
-)  # fmt: skip
-
-
 def main(tokens: list[str] | None = None) -> None:
     """Run one command; exit code 2 for what the user can mend, 1 for failures, 130 for Ctrl-C. MODELGLUE_TRACEBACK=1 shows where."""
     arguments = sys.argv[1:] if tokens is None else tokens
@@ -61,7 +54,7 @@ def main(tokens: list[str] | None = None) -> None:
     except MemoryError as error:
         _fail(RunError(f"out of memory ({error}). Use fewer --workers, or a smaller batch."), shown, error)
     except OSError as error:
-        kind = UserError if error.errno in _MENDABLE else RunError
+        kind = UserError if error.errno in MENDABLE else RunError
         _fail(kind(f"{error.filename or 'the system'}: {error.strerror or error}."), shown, error)
 
 

@@ -45,6 +45,7 @@ def evaluate(
         No progress.
     """
     from modelglue.cli.console import print_json, print_table, print_warnings, stdout
+    from modelglue.cli.opening import open_model
     from modelglue.errors import UserError
     from modelglue.evaluation import ScoreStore, TaskSet
 
@@ -52,7 +53,7 @@ def evaluate(
         raise UserError("give at least one model: a folder, a hub id, a mixture folder, or a recipe.")
     if not tasks:
         raise UserError("give at least one task: --tasks NAME, or --tasks NAME:METRIC.")
-    opened = {model: _open(model) for model in models}
+    opened = {model: open_model(model) for model in models}  # all of them first, so that a wrong name costs nothing
     task_set = TaskSet.load(tasks, include)
     with ScoreStore(":memory:" if store is None else store) as scores_file:
         found = {model: _scores(model, checkpoint, task_set, scores_file, quiet=quiet or json) for model, checkpoint in opened.items()}
@@ -62,17 +63,6 @@ def evaluate(
     console = stdout()
     print_table(console, _table(found, list(task_set.skills)))
     print_warnings(console, [f"{model}: {warning}" for model, scores in found.items() for warning in scores.warnings])
-
-
-def _open(model: str) -> Checkpoint | Mixture:
-    """All models are opened before the first is scored, so that a wrong name costs nothing."""
-    from modelglue.checkpoint import open_checkpoint
-    from modelglue.mixture import Mixture, is_mixture
-    from modelglue.recipe import merge
-
-    if is_mixture(model):
-        return Mixture.load(model)
-    return merge(model) if Path(model).suffix in (".yaml", ".yml") and Path(model).is_file() else open_checkpoint(model)
 
 
 def _scores(name: str, model: Checkpoint | Mixture, task_set: TaskSet, store: ScoreStore, *, quiet: bool) -> Scores:

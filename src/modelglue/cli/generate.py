@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -84,25 +83,12 @@ def _read(prompts: Sequence[str]) -> list[str]:
 
 
 def _open(model: str) -> Mixture | LiveTextModel:
-    """A mixture, or the model of a folder or recipe."""
-    from modelglue.checkpoint import open_checkpoint
-    from modelglue.errors import UserError
-    from modelglue.mixture import Mixture, is_mixture
+    from modelglue.checkpoint import Checkpoint
+    from modelglue.cli.opening import open_model
     from modelglue.models import LiveTextModel, load_live, load_tokenizer
-    from modelglue.recipe import merge
 
-    path = Path(model)
-    if is_mixture(path):
-        return Mixture.load(path)
-    if is_mixture(path / "mixture"):
-        raise UserError(f"{model}: is the folder of a run. Give its mixture, {path / 'mixture'}, or one of the models in it.")
-    if path.is_dir() and not any(any(path.glob(f"*{ending}")) for ending in (".safetensors", ".bin", ".pt")):
-        raise UserError(
-            f"{model}: is neither a model (it holds no .safetensors file) nor a mixture (it holds no mixture.json). "
-            "Give the folder of either."
-        )
-    checkpoint = merge(path) if path.suffix in (".yaml", ".yml") and path.is_file() else open_checkpoint(model)
-    return LiveTextModel(load_live(checkpoint), load_tokenizer(checkpoint))
+    opened = open_model(model)
+    return LiveTextModel(load_live(opened), load_tokenizer(opened)) if isinstance(opened, Checkpoint) else opened
 
 
 def _answers(model: Mixture | LiveTextModel, texts: Sequence[str], stops: Sequence[str], max_new_tokens: int) -> list[dict[str, Any]]:

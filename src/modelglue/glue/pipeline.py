@@ -131,13 +131,13 @@ def _walk(bench: Bench, run: RunFolder, workers: int | None) -> None:
     begin("test")
     with run.timed("test"):
         results = mix.final_results(bench, representatives, verdicts, mixture, outcome)
-    results["cost"] = _cost(bench, run)
+    results["cost"] = _cost(bench)
     run.write_json("results.json", results)
     write_replay(run, bench, representatives, plan, outcome)
     bench.emit("results", results)
 
 
-def _cost(bench: Bench, run: RunFolder) -> dict[str, int]:
+def _cost(bench: Bench) -> dict[str, int]:
     """What the run needed, whoever of its processes did it: a function of the inputs, like everything but the log."""
     candidates, items = bench.scored()
     weights = sum(c.info(name).nbytes for c in bench.checkpoints.values() for name in c.names())
