@@ -172,6 +172,16 @@ def test_a_wrong_model_costs_no_scoring(run: Run, tasks: Path, tmp_path: Path) -
     assert not (tmp_path / "s").exists()
 
 
+def test_folders_that_are_no_model(run: Run, tasks: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "mixture").mkdir(parents=True)
+    (tmp_path / "run" / "mixture" / "mixture.json").write_text("{}")
+    message = refused(run, str(tmp_path / "run"), *TASKS, "--include", str(tasks))
+    assert message.startswith(f"{tmp_path}/run: is the folder of a run. Give its mixture, {tmp_path}/run/mixture")
+    (tmp_path / "empty").mkdir()
+    message = refused(run, str(tmp_path / "empty"), *TASKS, "--include", str(tasks))
+    assert message.startswith(f"{tmp_path}/empty: is neither a model (it holds no .safetensors file) nor a mixture")
+
+
 def test_wrong_tasks(run: Run, tasks: Path) -> None:
     message = refused(run, STRANGER, "--tasks", "double_prox", "--include", tasks)
     assert message.startswith(f"task 'double_prox': no YAML file in {tasks} defines it")
