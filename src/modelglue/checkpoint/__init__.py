@@ -3,7 +3,7 @@
 from modelglue.checkpoint.folder import SafetensorsCheckpoint
 from modelglue.checkpoint.merge_function import Constant, MergeFunction, ParameterSource, Round
 from modelglue.checkpoint.merged import ENGINE_VERSION, MergedCheckpoint
-from modelglue.checkpoint.protocol import FLOATING, ITEM_SIZE, Checkpoint, TensorInfo
+from modelglue.checkpoint.protocol import FLOATING, ITEM_SIZE, Checkpoint, SideFile, TensorInfo, file_bytes, file_place
 from modelglue.checkpoint.reference import open_checkpoint
 from modelglue.checkpoint.staging import json_bytes, staged, write_bytes_atomic, write_json_atomic
 from modelglue.checkpoint.tensors import STORE_DTYPES, TensorsCheckpoint, dtype_name, torch_dtype
@@ -29,9 +29,12 @@ __all__ = [
     "Round",
     "SafetensorsCheckpoint",
     "SaveReport",
+    "SideFile",
     "TensorInfo",
     "TensorsCheckpoint",
     "dtype_name",
+    "file_bytes",
+    "file_place",
     "json_bytes",
     "open_checkpoint",
     "plan_output",

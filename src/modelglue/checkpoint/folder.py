@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint.header import MAX_HEADER_BYTES, Entry, is_text, parse_object, read_header, shown
 from modelglue.checkpoint.identity import content_identity
-from modelglue.checkpoint.protocol import Checkpoint, TensorInfo
+from modelglue.checkpoint.protocol import Checkpoint, SideFile, TensorInfo
 from modelglue.checkpoint.tensors import torch_dtype
 from modelglue.errors import CheckpointError, did_you_mean
 
@@ -74,10 +74,12 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._path
 
     @property
+    def places(self) -> Sequence[Path]:
+        return (self._path,)
+
+    @property
     def hub_id(self) -> str | None:
-        snapshots = self._path.absolute().parent
-        owner, _, name = snapshots.parent.name.removeprefix("models--").partition("--")
-        return f"{owner}/{name}" if snapshots.name == "snapshots" and name else None
+        return hub_id_of(self._path)
 
     def names(self) -> Sequence[str]:
         return self._names
@@ -116,7 +118,7 @@ class SafetensorsCheckpoint(Checkpoint):
         return value
 
     @cached_property
-    def files(self) -> Mapping[str, Path]:
+    def files(self) -> Mapping[str, SideFile]:
         if not self._path.is_dir():
             return {}
         return {name: self._path / name for name in SIDE_FILES if (self._path / name).is_file()}
@@ -127,7 +129,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     @cached_property
     def stamp(self) -> str:
-        paths = [*self._shards, *self.files.values()]
+        paths = [*self._shards, *(file for file in self.files.values() if isinstance(file, Path))]
         if (self._path / "config.json").is_file():
             paths.append(self._path / "config.json")
         lines = []
@@ -169,6 +171,13 @@ class SafetensorsCheckpoint(Checkpoint):
                 raise CheckpointError(f"{shard}: has become shorter since it was opened. Leave it alone until the run is over.")
             self._maps[number] = mapping
         return self._maps[number]
+
+
+def hub_id_of(path: Path) -> str | None:
+    """`org/name` of a folder that is a snapshot in the hub's cache."""
+    snapshots = path.absolute().parent
+    owner, _, name = snapshots.parent.name.removeprefix("models--").partition("--")
+    return f"{owner}/{name}" if snapshots.name == "snapshots" and name else None
 
 
 def _find_shards(path: Path) -> list[Path]:

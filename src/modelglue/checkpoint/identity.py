@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modelglue.checkpoint.protocol import file_bytes
 from modelglue.settings import cache_dir
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def content_identity(checkpoint: Checkpoint, stamp: str | None) -> str:
     digest.update(json.dumps(checkpoint.config, sort_keys=True).encode())
     for name in _SIDE_FILES:
         if name in checkpoint.files:
-            digest.update(name.encode() + hashlib.sha256(checkpoint.files[name].read_bytes()).digest())
+            digest.update(name.encode() + hashlib.sha256(file_bytes(checkpoint.files[name])).digest())
     identity = digest.hexdigest()
     if stamp is not None:
         _remember(stamp, identity)

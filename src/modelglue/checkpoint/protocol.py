@@ -10,7 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from modelglue.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -18,11 +20,33 @@ if TYPE_CHECKING:
 #: bytes of one element of every dtype that the safetensors format knows and we store
 ITEM_SIZE: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+    "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+
+#: bits of one element of the dtypes that share bytes between elements: headers that hold them are read, their values are not
+PACKED_BITS: Mapping[str, int] = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 #: dtypes that a merge may compute with; everything else is copied or refused by name
 FLOATING: frozenset[str] = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+#: a file beside the weights: where its bytes are, or the bytes themselves if it was made
+SideFile: TypeAlias = Path | bytes
+
+
+def file_bytes(file: SideFile) -> bytes:
+    """The content of a side file; CheckpointError if it cannot be read."""
+    if isinstance(file, bytes):
+        return file
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}). Check its permissions.") from error
+
+
+def file_place(name: str, file: SideFile) -> str:
+    """What an error calls a side file: its path, or its name if it was made."""
+    return f"the made {name}" if isinstance(file, bytes) else str(file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +62,8 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        if self.dtype in PACKED_BITS:
+            return self.numel * PACKED_BITS[self.dtype] // 8
         return self.numel * ITEM_SIZE[self.dtype]
 
 
@@ -70,8 +96,8 @@ class Checkpoint(ABC):
 
     @property
     @abstractmethod
-    def files(self) -> Mapping[str, Path]:
-        """Side files of the output (tokenizer, generation config, ...): name in the folder -> where its bytes are."""
+    def files(self) -> Mapping[str, SideFile]:
+        """Side files of the output (tokenizer, generation config, ...): name in the folder -> where its bytes are, or the bytes."""
 
     @property
     @abstractmethod
@@ -93,6 +119,11 @@ class Checkpoint(ABC):
     def sources(self) -> Sequence[Checkpoint]:
         """The models that the expression is made of, in order; a model on disk is made of itself."""
         return (self,)
+
+    @property
+    def places(self) -> Sequence[Path]:
+        """Folders and files on disk that a model on disk is read from: the base, then its adapters. Who writes stays out of them."""
+        return ()
 
     @property
     def hub_id(self) -> str | None:

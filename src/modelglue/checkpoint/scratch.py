@@ -6,10 +6,9 @@ import mmap
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelglue.checkpoint.protocol import Checkpoint, TensorInfo
+from modelglue.checkpoint.protocol import Checkpoint, SideFile, TensorInfo
 from modelglue.checkpoint.tensors import torch_dtype
 from modelglue.errors import RunError
 from modelglue.settings import CHUNK_ELEMENTS
@@ -35,7 +34,7 @@ class ScratchTensor(Checkpoint):
         return view if out is None else out.copy_(view)
 
     config: Mapping[str, Any] = {}
-    files: Mapping[str, Path] = {}
+    files: Mapping[str, SideFile] = {}
     identity = stamp = ""
 
     def describe(self) -> dict[str, Any]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint.identity import content_identity
-from modelglue.checkpoint.protocol import Checkpoint, TensorInfo
+from modelglue.checkpoint.protocol import Checkpoint, SideFile, TensorInfo
 from modelglue.errors import CheckpointError, did_you_mean
 
 if TYPE_CHECKING:
@@ -17,7 +16,8 @@ if TYPE_CHECKING:
 
 _TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "C64": "complex64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 #: recipe spelling -> safetensors spelling of the dtypes that a merge may store
@@ -28,6 +28,8 @@ def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype name ("BF16" -> torch.bfloat16)."""
     import torch
 
+    if name not in _TORCH_NAMES:
+        raise CheckpointError(f"dtype {name} packs several numbers into a byte and is not read. Dequantise the model first.")
     dtype: torch.dtype = getattr(torch, _TORCH_NAMES[name])
     return dtype
 
@@ -45,7 +47,7 @@ class TensorsCheckpoint(Checkpoint):
         self,
         tensors: Mapping[str, torch.Tensor],
         config: Mapping[str, Any] | None = None,
-        files: Mapping[str, Path] | None = None,
+        files: Mapping[str, SideFile] | None = None,
         label: str = "memory",
     ) -> None:
         self._tensors = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
@@ -72,7 +74,7 @@ class TensorsCheckpoint(Checkpoint):
         return self._config
 
     @property
-    def files(self) -> Mapping[str, Path]:
+    def files(self) -> Mapping[str, SideFile]:
         return self._files
 
     @cached_property

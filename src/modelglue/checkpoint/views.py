@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelglue.checkpoint.protocol import Checkpoint, TensorInfo
+from modelglue.checkpoint.protocol import Checkpoint, SideFile, TensorInfo
 from modelglue.errors import CheckpointError, did_you_mean
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class RenamedCheckpoint(Checkpoint):
         return self._config
 
     @property
-    def files(self) -> Mapping[str, Path]:
+    def files(self) -> Mapping[str, SideFile]:
         return self._source.files
 
     @property
@@ -134,7 +133,7 @@ class JoinedCheckpoint(Checkpoint):
         return self._config
 
     @property
-    def files(self) -> Mapping[str, Path]:
+    def files(self) -> Mapping[str, SideFile]:
         return self._first.files
 
     @property

@@ -21,9 +21,9 @@ from types import TracebackType
 from typing import Any
 
 from modelglue.checkpoint.card import model_card
-from modelglue.checkpoint.folder import INDEX, SafetensorsCheckpoint
+from modelglue.checkpoint.folder import INDEX
 from modelglue.checkpoint.merged import ENGINE_VERSION
-from modelglue.checkpoint.protocol import ITEM_SIZE, Checkpoint
+from modelglue.checkpoint.protocol import ITEM_SIZE, Checkpoint, SideFile
 from modelglue.checkpoint.staging import JOURNAL, LOCK, json_bytes, staged
 from modelglue.checkpoint.workers import run_tasks
 from modelglue.checkpoint.yaml_text import yaml_text
@@ -94,6 +94,11 @@ def plan_output(checkpoint: Checkpoint, *, shard_bytes: int = 5_000_000_000, chu
     groups: list[list[str]] = [[]]
     filled = 0
     for name in sorted(checkpoint.names()):
+        if checkpoint.info(name).dtype in PACKED_BITS:
+            raise CheckpointError(
+                f"{checkpoint!r}: tensor '{name}' is {checkpoint.info(name).dtype}, several numbers to a byte; such weights are not written. "
+                "Dequantise the model first, or take the release that is not quantised."
+            )
         size = checkpoint.info(name).nbytes
         if groups[-1] and filled + size > shard_bytes:
             groups.append([])
@@ -210,33 +215,29 @@ def _check_apart(checkpoint: Checkpoint, directory: Path) -> None:
     """UserError if writing `directory` would touch a model that the merge reads."""
     target = Path(os.path.realpath(directory))
     for source in checkpoint.sources():
-        if not isinstance(source, SafetensorsCheckpoint):
-            continue
-        path = Path(os.path.realpath(source.path))
-        if target == path:
-            relation = "is"
-        elif target in path.parents:
-            relation = "holds"
-        elif path in target.parents:
-            relation = "lies in"
-        else:
-            continue
-        model = source.describe()["model"]
-        raise UserError(f"{directory}: {relation} the model '{model}' ({source.path}), which is merged here. Choose another path.")
+        for place in source.places:
+            path = Path(os.path.realpath(place))
+            if target == path:
+                relation = "is"
+            elif target in path.parents:
+                relation = "holds"
+            elif path in target.parents:
+                relation = "lies in"
+            else:
+                continue
+            model = source.describe()["model"]
+            raise UserError(f"{directory}: {relation} the model '{model}' ({place}), which is merged here. Choose another path.")
 
 
 def _references_from(checkpoint: Checkpoint, directory: Path) -> dict[str, str]:
     """How a file in `directory` refers to the local models that the checkpoint calls by relative paths."""
-    folder = os.path.realpath(directory)
-    places: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {}
     for source in checkpoint.sources():
-        if isinstance(source, SafetensorsCheckpoint):
+        if source.places:
             reference = str(source.describe()["model"])
-            from_hub = source.hub_id is not None and source.hub_id == reference.partition("@")[0]
-            if not from_hub and not Path(reference).expanduser().is_absolute():
-                places.setdefault(reference, set()).add(os.path.relpath(os.path.realpath(source.path), folder))
+            found.setdefault(reference, set()).add(reference_from(reference, source.places, directory))
     # One name for two models can only be made in Python, and no text could tell them apart.
-    return {reference: found.pop() for reference, found in places.items() if len(found) == 1}
+    return {reference: seen.pop() for reference, seen in found.items() if len(seen) == 1 and seen != {reference}}
 
 
 def _renamed(description: Any, references: Mapping[str, str]) -> Any:
@@ -435,8 +436,11 @@ def _made_files(checkpoint: Checkpoint, plan: Plan, recipe: str, references: Map
     return made
 
 
-def _write_side_files(copied: Mapping[str, Path], made: Mapping[str, bytes], folder: Path) -> None:
-    for file, source in copied.items():
+def _write_side_files(files: Mapping[str, SideFile], made: Mapping[str, bytes], folder: Path) -> None:
+    for file, source in files.items():
+        if isinstance(source, bytes):
+            (folder / file).write_bytes(source)
+            continue
         try:
             shutil.copyfile(source, folder / file)
         except OSError as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from modelglue.checkpoint import ENGINE_VERSION, Checkpoint
+from modelglue.checkpoint import ENGINE_VERSION, Checkpoint, file_bytes
 from modelglue.evaluation.scoring import BatchListener, score_text_model
 from modelglue.evaluation.store import ScoreStore
 from modelglue.evaluation.tasks import TaskSet
@@ -119,6 +119,6 @@ def _name(candidate: Candidate) -> str:
 def _shape(checkpoint: Checkpoint) -> str:
     """All that a live model is built from besides the weights: config, tensor shapes, tokenizer."""
     shapes: list[Any] = [[name, list(checkpoint.info(name).shape)] for name in checkpoint.names()]
-    files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(checkpoint.files.items())}
+    files = {name: hashlib.sha256(file_bytes(file)).hexdigest() for name, file in sorted(checkpoint.files.items())}
     config = {key: value for key, value in checkpoint.config.items() if key not in ("dtype", "torch_dtype")}
     return hashlib.sha256(json.dumps([shapes, files, config], sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,7 @@ import json
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from modelglue.checkpoint import Checkpoint
+from modelglue.checkpoint import Checkpoint, file_bytes, file_place
 from modelglue.errors import CheckpointError
 from modelglue.models.build import empty_model
 from modelglue.models.names import Step, loading_steps, some, uncovered
@@ -69,16 +69,17 @@ def check_fit(checkpoint: Checkpoint) -> None:
 
 def _end_ids(checkpoint: Checkpoint) -> int | list[int] | None:
     """The ids that end a text by the checkpoint's generation_config.json, which knows those of chat models; None where it says nothing."""
-    path = checkpoint.files.get("generation_config.json")
-    if path is None:
+    file = checkpoint.files.get("generation_config.json")
+    if file is None:
         return None
+    place = file_place("generation_config.json", file)
     try:
-        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is not a JSON object ({error}). Restore it, or remove it.") from error
+        ends = json.loads(file_bytes(file).decode()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{place}: is not a JSON object ({error}). Restore it, or remove it.") from error
     if ends is None or isinstance(ends, int) or (isinstance(ends, list) and all(isinstance(end, int) for end in ends)):
         return ends
-    raise CheckpointError(f"{path}: eos_token_id is {ends!r}; allowed is an id or a list of ids. Restore the file.")
+    raise CheckpointError(f"{place}: eos_token_id is {ends!r}; allowed is an id or a list of ids. Restore the file.")
 
 
 def _empty(checkpoint: Checkpoint, *, meta: bool = False) -> Any:

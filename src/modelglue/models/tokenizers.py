@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from modelglue.checkpoint import Checkpoint, json_bytes
+from modelglue.checkpoint import Checkpoint, file_bytes, json_bytes
 from modelglue.errors import CheckpointError
 
 #: a tokenizer has at least one of these
@@ -22,12 +21,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
     files = checkpoint.files
-    folders = {path.parent for path in files.values()}
-    if len(folders) == 1 and (next(iter(folders)) / "config.json").is_file():
-        return _load(AutoTokenizer, next(iter(folders)), checkpoint)
+    folders = {None if isinstance(file, bytes) else file.parent for file in files.values()}
+    home = folders.pop() if len(folders) == 1 else None
+    if home is not None and (home / "config.json").is_file():
+        return _load(AutoTokenizer, home, checkpoint)
     with tempfile.TemporaryDirectory() as name:
         for file, source in files.items():
-            shutil.copyfile(source, Path(name) / Path(file).name)
+            (Path(name) / Path(file).name).write_bytes(file_bytes(source))
         (Path(name) / "config.json").write_bytes(json_bytes(dict(checkpoint.config)))
         return _load(AutoTokenizer, Path(name), checkpoint)
 

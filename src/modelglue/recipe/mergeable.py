@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modelglue.checkpoint import Checkpoint
+from modelglue.checkpoint import Checkpoint, file_bytes, file_place
 from modelglue.errors import MergeError, UserError
 
 #: config fields that change what equal weights compute (activation, heads, multipliers); the rotary ones are compared in `_rope`
@@ -69,23 +69,22 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def _same_tokenizer_file(first: Checkpoint, other: Checkpoint) -> bool:
     """Whether both have the same bytes, which siblings mostly do: parsing a large vocabulary takes a tenth of a second."""
     ours, theirs = first.files.get("tokenizer.json"), other.files.get("tokenizer.json")
-    try:
-        return ours is not None and theirs is not None and ours.read_bytes() == theirs.read_bytes()
-    except OSError:
-        return False  # `vocabulary` says which
+    return ours is not None and theirs is not None and file_bytes(ours) == file_bytes(theirs)
 
 
 def vocabulary(checkpoint: Checkpoint) -> Mapping[str, int] | None:
     """Token string -> id of tokenizer.json (added tokens included), or None where there is none to compare."""
-    path = checkpoint.files.get("tokenizer.json")
-    if path is None:
+    file = checkpoint.files.get("tokenizer.json")
+    if file is None:
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(file_bytes(file).decode())
         tokens = _tokens(value["model"]["vocab"])
         tokens.update({added["content"]: added["id"] for added in value.get("added_tokens", [])})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is not a tokenizer file ({error!r}). Restore the model's tokenizer.") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file_place('tokenizer.json', file)}: is not a tokenizer file ({error!r}). Restore the model's tokenizer."
+        ) from error
     return tokens
 
 
