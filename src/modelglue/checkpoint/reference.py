@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from modelglue.checkpoint.folder import SafetensorsCheckpoint
+from modelglue.checkpoint.folder import SafetensorsCheckpoint, hub_id_of
 from modelglue.checkpoint.protocol import Checkpoint
 from modelglue.errors import CheckpointError, UserError, did_you_mean
 
@@ -70,3 +72,21 @@ def _from_hub(reference: str) -> Path:
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"'{reference}': the hub answered: {error}") from error
+
+
+def reference_from(reference: str, places: Sequence[Path], folder: Path) -> str:
+    """How a file in `folder` calls the model that was opened as `reference` and lies at `places` (its base, then its adapters).
+
+    Hub ids and absolute paths stay as they were written, relative paths are made relative to `folder`.
+    """
+    halves = reference.split("+") if len(places) > 1 else [reference]
+    if len(halves) != len(places):  # a folder's name holds a plus sign
+        halves = [os.path.relpath(place) for place in places]
+    return "+".join(_half_from(half, place, os.path.realpath(folder)) for half, place in zip(halves, places, strict=True))
+
+
+def _half_from(half: str, place: Path, folder: str) -> str:
+    from_hub = hub_id_of(place) is not None and hub_id_of(place) == half.partition("@")[0]
+    if from_hub or Path(half).expanduser().is_absolute():
+        return half
+    return os.path.relpath(os.path.realpath(place), folder)

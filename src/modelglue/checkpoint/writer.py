@@ -23,7 +23,8 @@ from typing import Any
 from modelglue.checkpoint.card import model_card
 from modelglue.checkpoint.folder import INDEX
 from modelglue.checkpoint.merged import ENGINE_VERSION
-from modelglue.checkpoint.protocol import ITEM_SIZE, Checkpoint, SideFile
+from modelglue.checkpoint.protocol import ITEM_SIZE, PACKED_BITS, Checkpoint, SideFile
+from modelglue.checkpoint.reference import reference_from
 from modelglue.checkpoint.staging import JOURNAL, LOCK, json_bytes, staged
 from modelglue.checkpoint.workers import run_tasks
 from modelglue.checkpoint.yaml_text import yaml_text
@@ -96,8 +97,8 @@ def plan_output(checkpoint: Checkpoint, *, shard_bytes: int = 5_000_000_000, chu
     for name in sorted(checkpoint.names()):
         if checkpoint.info(name).dtype in PACKED_BITS:
             raise CheckpointError(
-                f"{checkpoint!r}: tensor '{name}' is {checkpoint.info(name).dtype}, several numbers to a byte; such weights are not written. "
-                "Dequantise the model first, or take the release that is not quantised."
+                f"{checkpoint!r}: tensor '{name}' is {checkpoint.info(name).dtype}, several numbers to a byte; that is not written. "
+                "Dequantise the model first, or take a release that is not quantised."
             )
         size = checkpoint.info(name).nbytes
         if groups[-1] and filled + size > shard_bytes:
