@@ -47,7 +47,7 @@ COMPUTED = {"modelglue", "modelglue.methods.registry", "modelglue.checkpoint.com
 #: what the files of floor 2 may import of ours. A method: the registry, and arithmetic that methods share.
 REGISTRY_NEEDS = {"modelglue.errors", "modelglue.checkpoint"}
 SHARED_ARITHMETIC_NEEDS = {
-    "modelglue.settings", "modelglue.checkpoint.compiled.chunk_function", "modelglue.checkpoint.merged.SURVEY_ELEMENTS",
+    "modelglue.settings", "modelglue.checkpoint.compiled.chunk_function", "modelglue.checkpoint.engine.SURVEY_ELEMENTS",
 }  # fmt: skip
 
 HEAVY = ("torch", "transformers", "lm_eval", "datasets", "huggingface_hub", "scipy")

@@ -26,7 +26,7 @@ from modelglue.checkpoint import (
     open_checkpoint,
     save,
 )
-from modelglue.checkpoint.merged import SURVEY_ELEMENTS
+from modelglue.checkpoint.engine import SURVEY_ELEMENTS
 from modelglue.errors import CheckpointError, MergeError, RunError
 from modelglue.methods import get
 from tests.checkpoint.files import names_in, randn
@@ -304,10 +304,10 @@ def test_scratch_files_are_gone_with_their_names(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     expression = nested(models_of())
     expression.read("m")
-    assert list(expression._spilled) == ["m"]
+    assert list(expression._engine._spilled) == ["m"]
     assert names_in(tmp_path) == []
     expression.read("v")
-    assert list(expression._spilled) == ["v"], "the last tensor's is let go"
+    assert list(expression._engine._spilled) == ["v"], "the last tensor's is let go"
 
 
 # -- chunks -------------------------------------------------------------------------------------------------------------------
@@ -423,7 +423,7 @@ def test_pickled_expression_computes_the_same(tmp_path: Path) -> None:
     expected = expression.tensor("m")
     data = pickle.dumps(expression)
     again = pickle.loads(data)
-    assert again._spilled == {}
+    assert again._engine._spilled == {}
     assert torch.equal(again.tensor("m"), expected)
 
 

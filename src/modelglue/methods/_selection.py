@@ -200,7 +200,7 @@ def _count(partials: Sequence[Any], known: Sequence[Any], numel: int, parameters
 
 
 def _recount_ranges(known: Sequence[Any], numel: int, parameters: Mapping[str, Any]) -> list[tuple[int, int]]:
-    from modelglue.checkpoint.merged import SURVEY_ELEMENTS
+    from modelglue.checkpoint.engine import SURVEY_ELEMENTS
 
     if all(bracket is None for bracket in known[1].brackets):
         return []

@@ -1,0 +1,300 @@
+"""The arithmetic of one merge: chunks of every input in, a chunk of the output out, and the surveys that come before.
+
+A method first surveys a tensor (or the model) in rounds that reduce over chunks, then maps over chunks; both see one chunk of every
+input at a time, so memory is O(chunk x inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from modelglue.checkpoint import compiled
+from modelglue.checkpoint.merge_function import MergeFunction, ParameterSource, Round, Unit
+from modelglue.checkpoint.protocol import Checkpoint, TensorInfo
+from modelglue.checkpoint.scratch import spill
+from modelglue.checkpoint.tensors import torch_dtype
+from modelglue.checkpoint.uniform import UniformSource
+from modelglue.checkpoint.workers import single_thread
+from modelglue.errors import MergeError
+from modelglue.settings import BLOCK_ELEMENTS, CHUNK_ELEMENTS
+
+if TYPE_CHECKING:
+    import torch
+
+#: chunks of a survey are whole blocks, so that sums come out the same whatever the chunk of the merge
+SURVEY_ELEMENTS = max(CHUNK_ELEMENTS // BLOCK_ELEMENTS, 1) * BLOCK_ELEMENTS
+
+
+@dataclass(frozen=True)
+class Job:
+    """One merge, as the arithmetic sees it.
+
+    `outputs`: shape and stored dtype of every output tensor. `members`: positions of the models that take part in a tensor, for the
+    tensors in which not all do; per-model parameters (lists) are narrowed to them. `merged`: the tensors that are computed; the
+    others are equal in all models and copied.
+    """
+
+    method: MergeFunction
+    models: Sequence[Checkpoint]
+    base: Checkpoint | None
+    labels: Sequence[str]
+    base_label: str
+    parameters: ParameterSource
+    uniforms: UniformSource
+    streams: Sequence[int]
+    outputs: Mapping[str, TensorInfo]
+    merged: frozenset[str]
+    members: Mapping[str, Sequence[int]]
+
+    def members_of(self, name: str) -> Sequence[int]:
+        return self.members.get(name, range(len(self.models)))
+
+    def parameters_of(self, name: str) -> Mapping[str, Any]:
+        """Resolved values for one output tensor: a number per global parameter, a list with one value per member."""
+        values = self.parameters.for_tensor(name)
+        if name not in self.members:
+            return values
+        chosen = self.members[name]
+        return {key: [value[i] for i in chosen] if isinstance(value, list) else value for key, value in values.items()}
+
+    def unit(self, name: str) -> Unit:
+        return self.method.unit(self.parameters_of(name)) if name in self.merged else "element"
+
+    def rounds(self, name: str) -> Sequence[Round]:
+        return self.method.rounds(self.parameters_of(name)) if name in self.merged else ()
+
+
+class Engine:
+    """Evaluates a `Job`. Pickles without what it remembers, so every worker surveys its own tensors."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._surveyed: tuple[str, list[Any]] | None = None  # the last tensor's survey
+        self._model_survey: list[Any] | None = None
+        self._compiled: Mapping[str, str] | None = None  # chunk functions that run compiled, found by `prepare`
+        self._spilled: dict[str, list[Checkpoint]] = {}  # inputs of a surveyed tensor, the computed ones computed once
+        self._whole: tuple[str, torch.Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_surveyed": None, "_spilled": {}, "_whole": None}
+
+    def prepare(self, names: Sequence[str]) -> None:
+        """Run the rounds that look at the whole model, and look for compiled chunk functions; called before workers start."""
+        import torch  # noqa: F401 - here and not in every worker: forked workers share its memory
+
+        job = self._job
+        merged = [name for name in names if name in job.merged and job.outputs[name].numel]
+        if not merged:
+            return
+        if self._model_survey is None:
+            with single_thread():
+                self._survey_model()
+        elements = sum(job.outputs[name].numel for name in merged)
+        smallest = min(merged, key=lambda name: (job.outputs[name].numel, name))
+        numel = job.outputs[smallest].numel
+        stop = numel if job.unit(smallest) == "matrix" else min(CHUNK_ELEMENTS, numel)
+        self._compiled = compiled.find(lambda: self._merge(smallest, 0, stop), elements)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements start..stop of an output tensor in its stored dtype. A range that does not respect the method's unit costs the
+        rows or the matrix around it.
+        """
+        import torch
+
+        if stop <= start:
+            return torch.empty(0, dtype=torch_dtype(self._job.outputs[name].dtype))
+        if name not in self._job.merged:
+            return self._copy(name, start, stop)
+        with compiled.using(self._compiled), single_thread():
+            return self._merge(name, start, stop)
+
+    # -- chunks ---------------------------------------------------------------------------------------------------------
+
+    def _merge(self, name: str, start: int, stop: int) -> torch.Tensor:
+        job = self._job
+        info = job.outputs[name]
+        unit = job.unit(name)
+        if unit == "element":
+            return self._merge_chunk(name, start, stop, None)
+        row = info.shape[-1] if info.shape else 1
+        if unit == "row":
+            first, last = start // row * row, -(-stop // row) * row
+            return self._merge_chunk(name, first, last, (-1, row))[start - first : stop - first]
+        if self._whole is None or self._whole[0] != name:
+            self._whole = (name, self._merge_chunk(name, 0, info.numel, info.shape))
+        return self._whole[1][start:stop]
+
+    def _merge_chunk(self, name: str, start: int, stop: int, shape: Sequence[int] | None) -> torch.Tensor:
+        import torch
+
+        parameters = self._job.parameters_of(name)
+        survey = self._survey(name)
+        models, base = self._load(name, start, stop)
+        uniform = self._uniform(name, start, stop)
+        if shape is not None:
+            models = [model.view(*shape) for model in models]
+            base = base.view(*shape) if base is not None else None
+            uniform = [numbers.view(*shape) for numbers in uniform] if uniform is not None else None
+        result = self._job.method.merge(models, base, uniform, survey, start, parameters)
+        dtype = torch_dtype(self._job.outputs[name].dtype)
+        stored = result.reshape(-1).to(dtype)
+        # The sum of a chunk is finite unless an element is not (or the sum overflows, so look again before complaining).
+        total = stored.sum(dtype=torch.float32 if dtype == torch.float16 else None)
+        if not bool(torch.isfinite(total)) and not bool(torch.isfinite(stored).all()):
+            if bool(torch.isfinite(result).all()):
+                largest, kind = torch.finfo(dtype).max, str(dtype).removeprefix("torch.")
+                raise MergeError(
+                    f"{self._job.method.id}: tensor '{name}' does not fit {kind} (largest number {largest:g}). Store a wider dtype."
+                )
+            raise MergeError(f"{self._job.method.id}: tensor '{name}' comes out with NaN or infinity. Change the parameters.")
+        return stored
+
+    def _copy(self, name: str, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        job = self._job
+        chosen = [(job.labels[position], job.models[position]) for position in job.members_of(name)]
+        if not chosen:  # only the base has it
+            assert job.base is not None
+            return job.base.read(name, start, stop)
+        (first_label, first_model), *others = chosen
+        first = first_model.read(name, start, stop)
+        for label, model in others:
+            if not torch.equal(first, model.read(name, start, stop)):
+                dtype = first_model.info(name).dtype
+                raise MergeError(
+                    f"{job.method.id}: tensor '{name}' is {dtype}, which cannot be merged, and {label} differs from {first_label}. "
+                    "Merge models in which it is equal, or convert it to a floating dtype first."
+                )
+        return first
+
+    def _load(self, name: str, start: int, stop: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """One chunk of every input, in the compute dtype; refuses NaN and infinity by model and tensor."""
+        import torch
+
+        job = self._job
+        inputs = self._sources(name)
+        compute = torch.float64 if any(checkpoint.info(name).dtype == "F64" for checkpoint in inputs) else torch.float32
+        labels = [*(job.labels[position] for position in job.members_of(name)), *([job.base_label] if job.base is not None else [])]
+        chunks = []
+        for label, checkpoint in zip(labels, inputs, strict=True):
+            chunk = checkpoint.read(name, start, stop).to(compute)
+            if not bool(torch.isfinite(chunk.sum())) and not bool(torch.isfinite(chunk).all()):
+                raise MergeError(
+                    f"{label}: tensor '{name}' holds NaN or infinity near element {start + _first_bad(chunk):,}. "
+                    "Repair or leave out this model."
+                )
+            chunks.append(chunk)
+        return (chunks[:-1], chunks[-1]) if job.base is not None else (chunks, None)
+
+    def _uniform(self, name: str, start: int, stop: int) -> list[torch.Tensor] | None:
+        job = self._job
+        if not job.method.needs_uniform:
+            return None
+        return [job.uniforms.numbers(name, job.streams[position], start, stop) for position in job.members_of(name)]
+
+    # -- surveys --------------------------------------------------------------------------------------------------------
+
+    def _survey(self, name: str) -> list[Any]:
+        if self._model_survey is None:
+            self._survey_model()
+        if self._surveyed is None or self._surveyed[0] != name:
+            known = list(self._model_survey or [])
+            for round_ in self._job.rounds(name):
+                if round_.scope == "tensor":
+                    known.append(self._reduce(round_, [name], known))
+            self._surveyed = (name, known)
+        known = self._surveyed[1]
+        return [result.at(name) if hasattr(result, "at") else result for result in known]
+
+    def _survey_model(self) -> None:
+        job = self._job
+        names = sorted(job.merged)
+        rounds = [round_ for round_ in job.rounds(names[0]) if round_.scope == "model"] if names else []
+        known: list[Any] = []
+        if rounds:
+            self._check_one_for_all(names)
+            for round_ in rounds:
+                known.append(self._reduce(round_, names, known))
+            offsets = self._offsets(names)
+            known = [_Placed(result, offsets) for result in known]
+        self._model_survey = known
+
+    def _check_one_for_all(self, names: Sequence[str]) -> None:
+        """What looks at the whole model at once cannot take one value here and another there."""
+        job = self._job
+        first = job.parameters_of(names[0])
+        for name in names:
+            if name in job.members:
+                raise MergeError(
+                    f"{job.method.id}: looks at the whole model at once, and tensor '{name}' is missing in some models. "
+                    "Leave those models out, or let the method look at one tensor at a time."
+                )
+            found = job.parameters_of(name)
+            if differing := [key for key in first if found[key] != first[key]]:
+                raise MergeError(
+                    f"{job.method.id}: looks at the whole model at once, so '{differing[0]}' must be the same for all tensors; it is "
+                    f"{first[differing[0]]} for '{names[0]}' and {found[differing[0]]} for '{name}'. Give one number, "
+                    "or let the method look at one tensor at a time."
+                )
+
+    def _offsets(self, names: Sequence[str]) -> dict[str, int]:
+        offsets, position = {}, 0
+        for name in names:
+            offsets[name] = position
+            position += self._job.outputs[name].numel
+        return offsets
+
+    def _reduce(self, round_: Round, names: Sequence[str], known: Sequence[Any]) -> Any:
+        """Visit the chunks of `names`, laid end to end, in order, and combine what they give."""
+        offsets = self._offsets(names)
+        total = sum(self._job.outputs[name].numel for name in names)
+        parameters = self._job.parameters_of(names[0])
+        wanted = None if round_.ranges is None else sorted(round_.ranges(known, total, parameters))
+        partials = []
+        for name in names:
+            begin, numel = offsets[name], self._job.outputs[name].numel
+            if wanted is None:
+                ranges = [(at, min(at + SURVEY_ELEMENTS, numel)) for at in range(0, numel, SURVEY_ELEMENTS)]
+            else:
+                ranges = [(max(a - begin, 0), min(b - begin, numel)) for a, b in wanted if a < begin + numel and b > begin]
+            for start, stop in ranges:
+                models, base = self._load(name, start, stop)
+                uniform = self._uniform(name, start, stop)
+                partials.append(round_.gather(models, base, uniform, known, begin + start, parameters))
+        return round_.combine(partials, known, total, parameters)
+
+    def _sources(self, name: str) -> list[Checkpoint]:
+        """The inputs to read from: what rounds and merge would compute again each is computed once, into an unlinked scratch file.
+
+        The file lasts until the next tensor; a survey of the whole model comes back to every tensor, so it keeps them all.
+        """
+        job = self._job
+        inputs = [*(job.models[position] for position in job.members_of(name)), *([job.base] if job.base is not None else [])]
+        rounds = job.rounds(name)
+        if not rounds or not any(checkpoint.computed(name) for checkpoint in inputs):
+            return inputs
+        if name not in self._spilled:
+            if not any(round_.scope == "model" for round_ in rounds):
+                self._spilled.clear()
+            self._spilled[name] = [spill(c, name) if c.computed(name) else c for c in inputs]
+        return self._spilled[name]
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A model-wide result that speaks in positions of the laid-out model, seen from one tensor."""
+
+    result: Any
+    offsets: Mapping[str, int]
+
+    def at(self, name: str) -> Any:
+        return self.result.shifted(self.offsets[name]) if hasattr(self.result, "shifted") else self.result
+
+
+def _first_bad(chunk: torch.Tensor) -> int:
+    import torch
+
+    return int((~torch.isfinite(chunk)).nonzero()[0, 0])
