@@ -58,7 +58,7 @@ def test_the_schema_of_one_method(run: Run) -> None:
     assert summary == get("dare_ties").summary
     assert found == {
         "id": "dare_ties", "source": "DARE, arXiv 2311.03099, with the election of TIES, arXiv 2306.01708", "units": ["element"],
-        "returns": "tensor", "needs_base": True, "surveys": True, "random": True, "symmetric": False,
+        "returns": "tensor", "needs_base": True, "takes_base": True, "surveys": True, "random": True, "symmetric": False,
         "models": {"least": 1, "most": None},
     }  # fmt: skip
     assert list(parameters) == ["weight", "density", "lambda", "normalize", "rescale", "rescale_by"]

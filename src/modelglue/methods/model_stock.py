@@ -50,7 +50,14 @@ def _rounds(parameters: Mapping[str, Any]) -> list[Round]:
     return [] if parameters["filter_wise"] else [Round(_dots, _ratio)]
 
 
-@method(unit=_unit, units=("element", "row"), survey=_rounds, models=(2, None), source="Model Stock, arXiv 2403.19522")
+@method(
+    unit=_unit,
+    units=("element", "row"),
+    survey=_rounds,
+    models=(2, None),
+    mergekit={"clip_ratio": False},
+    source="Model Stock, arXiv 2403.19522",
+)
 def model_stock(
     models: Sequence[Tensor],
     base: Tensor,

@@ -1,8 +1,9 @@
 """The registry of merge methods: a method's signature is its schema.
 
 A method is one function in one file of this package. Its positional arguments say what arrives (`models`, and if it asks for them `base`,
-`uniform`, `survey`, `start`); its keyword arguments are its parameters, with type, legal range and default in the signature. Recipes, the
-command line and the documentation are generated from that. Nothing here imports torch.
+`uniform`, `survey`, `start`; `base: Tensor | None` where a base is welcome and not needed); its keyword arguments are its parameters, with
+type, legal range and default in the signature. Recipes, the command line and the documentation are generated from that. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib
 import inspect
 import math
 import pkgutil
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,9 +31,11 @@ PerModel = Annotated[Sequence[T], _PER_MODEL]
 
 REQUIRED = inspect.Parameter.empty
 _INPUTS = ("models", "base", "uniform", "survey", "start")
+#: what mergekit's recipes may say to any method, and what changes nothing: the storage type of its sign masks
+_NEVER_AN_EFFECT = ("int8_mask",)
 
 
-def per_model(default: float) -> Any:
+def per_model(default: float | None) -> Any:
     """The default of a per-model parameter: this value for every model that gives none."""
     return default
 
@@ -56,7 +60,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a method, read from its signature."""
+    """One parameter of a method, read from its signature. `optional`: None is a value too (`float | None`)."""
 
     name: str
     per_model: bool
@@ -65,6 +69,7 @@ class Parameter:
     range: Range | None
     choices: tuple[str, ...]
     doc: str
+    optional: bool = False
 
     @property
     def required(self) -> bool:
@@ -72,6 +77,8 @@ class Parameter:
 
     def fault(self, value: Any) -> str | None:
         """What is wrong with `value`, or None."""
+        if value is None and self.optional:
+            return None
         if self.type is bool:
             return None if isinstance(value, bool) or value in (0, 1) else f"is {value!r}, allowed is true or false"
         if self.choices:
@@ -80,6 +87,8 @@ class Parameter:
             return f"is {value!r}, allowed is a number"
         if not math.isfinite(value):
             return f"is {value}, allowed is a finite number"
+        if self.type is int and value != int(value):
+            return f"is {value:g}, allowed is a whole number"
         if self.range is not None and value not in self.range:
             return f"is {value:g}, allowed is {self.range}"
         return None
@@ -101,16 +110,23 @@ class Method:
     summary: str
     doc: str
     source: str
+    needs_base: bool
+    #: what a recipe of mergekit means where it says nothing, for parameters whose default differs there
+    mergekit: Mapping[str, Any]
+    #: parameters that mergekit's recipes may give this method and that change nothing
+    without_effect: tuple[str, ...]
     #: fixed, or decided by the parameters of a merge; asked through `unit`, `rounds` and `resolve`
     _unit: Unit | Callable[[Mapping[str, Any]], Unit] = field(repr=False)
     _rounds: Sequence[Round] | Callable[[Mapping[str, Any]], Sequence[Round]] = field(repr=False)
     _check: Callable[[Mapping[str, Any]], str | None] | None = field(repr=False, default=None)
+    _copies: Callable[[Mapping[str, Any]], bool] | None = field(repr=False, default=None)
 
     def __reduce__(self) -> Any:
         return get, (self.id,)
 
     @property
-    def needs_base(self) -> bool:
+    def takes_base(self) -> bool:
+        """Whether the base is an input of the merge where there is one; `needs_base` if there must be."""
         return "base" in self.inputs
 
     @property
@@ -127,6 +143,10 @@ class Method:
 
     def rounds(self, parameters: Mapping[str, Any]) -> Sequence[Round]:
         return self._rounds(parameters) if callable(self._rounds) else self._rounds
+
+    def copies(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether the result is the first model's tensor, whatever its dtype and values: then nothing is computed."""
+        return self._copies is not None and self._copies(parameters)
 
     def merge(
         self,
@@ -179,9 +199,8 @@ class Method:
             values[parameter.name] = converted if parameter.per_model else converted[0]
         if not self.min_models <= len(each) <= (self.max_models or len(each)):
             wanted = f"exactly {self.min_models}" if self.min_models == self.max_models else f"at least {self.min_models}"
-            faults.append(
-                f"{self.id} takes {wanted} model{'s' if self.min_models > 1 else ''} besides the base, the recipe has {len(each)}"
-            )
+            besides = " besides the base" if self.takes_base else ""
+            faults.append(f"{self.id} takes {wanted} model{'s' if self.min_models > 1 else ''}{besides}, the recipe has {len(each)}")
         if not faults and self._check is not None and (fault := self._check(values)) is not None:
             faults.append(fault)
         return values, faults
@@ -197,12 +216,17 @@ def method(
     symmetric: bool = True,
     source: str,
     check: Callable[[Mapping[str, Any]], str | None] | None = None,
+    copies: Callable[[Mapping[str, Any]], bool] | None = None,
+    mergekit: Mapping[str, Any] | None = None,
+    without_effect: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a merge method. The function's name is its id.
 
     unit: what one call must hold (may depend on the parameters; then `units` lists the possible ones). survey: the rounds
     that reduce over chunks first. models: least and largest number of models besides the base. symmetric: permuting models
-    together with their parameters changes nothing. check: what single ranges cannot say about resolved parameters.
+    together with their parameters changes nothing. check: what single ranges cannot say about resolved parameters. copies: for
+    which parameters the one model's tensor is taken as it is. mergekit: values that its recipes mean where they say nothing, and
+    where ours differ. without_effect: further names that its recipes may give and that change nothing.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -212,6 +236,9 @@ def method(
         unknown = [name for name in inputs if name not in _INPUTS]
         if unknown or inputs[:1] != ("models",):
             raise TypeError(f"{function.__name__}: positional arguments are {inputs}; allowed are {_INPUTS}, models first")
+        allowed = {parameter.rstrip("_") for parameter, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+        if strange := sorted(set(mergekit or {}) - allowed):
+            raise TypeError(f"{function.__name__}: mergekit= names {strange}, which are no parameters of it")
         doc = inspect.getdoc(function) or ""
         described = _argument_docs(doc)
         parameters = tuple(
@@ -222,7 +249,9 @@ def method(
         _registry[function.__name__] = Method(
             id=function.__name__, function=function, units=units or ((unit,) if isinstance(unit, str) else ("element",)),
             parameters=parameters, inputs=inputs, returns=returns, min_models=models[0], max_models=models[1], symmetric=symmetric,
-            summary=doc.split("\n", 1)[0], doc=doc, source=source, _unit=unit, _rounds=survey, _check=check,
+            summary=doc.split("\n", 1)[0], doc=doc, source=source, needs_base="base" in inputs and not _optional(hints["base"])[1],
+            mergekit=dict(mergekit or {}), without_effect=(*_NEVER_AN_EFFECT, *without_effect), _unit=unit, _rounds=survey,
+            _check=check, _copies=copies,
         )  # fmt: skip
         return function
 
@@ -244,8 +273,18 @@ def _parameter(name: str, hint: Any, default: Any, doc: str) -> Parameter:
                 range_ = extra
         if each and typing.get_origin(hint) is not Annotated and typing.get_args(hint):
             hint = typing.get_args(hint)[0]  # Sequence[T] -> T
+    hint, optional = _optional(hint)
     choices = tuple(typing.get_args(hint)) if typing.get_origin(hint) is Literal else ()
-    return Parameter(name.rstrip("_"), each, str if choices else hint, default, range_, choices, doc)
+    return Parameter(name.rstrip("_"), each, str if choices else hint, default, range_, choices, doc, optional)
+
+
+def _optional(hint: Any) -> tuple[Any, bool]:
+    """`T | None` as T and True, anything else as it is and False."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        rest = [part for part in typing.get_args(hint) if part is not type(None)]
+        if len(rest) == 1 and len(typing.get_args(hint)) == 2:
+            return rest[0], True
+    return hint, False
 
 
 def _argument_docs(doc: str) -> dict[str, str]:
@@ -269,7 +308,7 @@ def _python_name(name: str) -> str:
 
 
 def _convert(parameter: Parameter, value: Any) -> Any:
-    if value is REQUIRED or parameter.fault(value) is not None or parameter.choices:
+    if value is REQUIRED or value is None or parameter.fault(value) is not None or parameter.choices:
         return value
     return bool(value) if parameter.type is bool else parameter.type(value)
 

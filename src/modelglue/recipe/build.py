@@ -90,7 +90,7 @@ def _assemble(recipe: Recipe, resolve: Resolve, store: str | None) -> Checkpoint
     return MergedCheckpoint(
         method,
         models,
-        base if method.needs_base else None,
+        base if method.takes_base else None,
         values,
         labels=labels,
         store=store,

@@ -66,7 +66,7 @@ def check(source: str | Path | Mapping[str, Any] | Recipe, *, workers: int | Non
 
 def _nodes(recipe: Recipe) -> list[str | Recipe]:
     """The inputs that the method computes with: a base that only gives config and tokenizer is none."""
-    base = [recipe.base] if recipe.base is not None and get(recipe.method).needs_base else []
+    base = [recipe.base] if recipe.base is not None and get(recipe.method).takes_base else []
     return [*base, *(entry.model for entry in recipe.models)]
 
 

@@ -157,12 +157,12 @@ def _from_mergekit(document: Document) -> Document:
     store = _mergekit_dtype(document, faults)
     if faults:
         raise RecipeError("\n".join(faults))
-    if method in [known.id for known in all_methods() if known.needs_base]:
+    if method in [known.id for known in all_methods() if known.takes_base]:
         models = [entry for entry in models if entry["model"] != base]
     elif base is not None and "weight" in shared and base not in [entry["model"] for entry in models]:
         models.append({"model": base})  # there, a base that is not listed joins the models, and the shared weight is its own
-    if method == "model_stock":
-        shared.setdefault("clip_ratio", False)
+    if method in [known.id for known in all_methods()]:
+        shared = {**get(method).mergekit, **shared}
     ours: dict[str, Any] = {"format": FORMAT, "method": method, "models": models, "parameters": shared}
     if base is not None:
         ours["base"] = base
