@@ -67,7 +67,8 @@ def methods(name: str | None = None, *, json: Annotated[bool, Parameter(negative
 def _schema(method: Method) -> dict[str, Any]:
     return {
         "id": method.id, "summary": method.summary, "source": method.source, "units": list(method.units), "returns": method.returns,
-        "needs_base": method.needs_base, "takes_base": method.takes_base, "surveys": method.surveys, "random": method.needs_uniform, "symmetric": method.symmetric,
+        "needs_base": method.needs_base, "takes_base": method.takes_base, "surveys": method.surveys, "random": method.needs_uniform,
+        "symmetric": method.symmetric,
         "models": {"least": method.min_models, "most": method.max_models},
         "parameters": [
             {
