@@ -11,10 +11,11 @@ from modelglue.errors import CheckpointError
 
 
 def empty_model(config: Mapping[str, Any], label: str, *, meta: bool = False) -> Any:
-    """A causal language model of the config's class, in float32 and evaluation mode, with uninitialised weights.
+    """A model of the class that the config names, in float32 and evaluation mode, with uninitialised weights.
 
-    With `meta` no memory is allocated for weights. Code that comes with a model is never run: CheckpointError for a config
-    whose class transformers does not have, or that its class cannot be built from.
+    A config that names no class of transformers' own (`architectures`) gives the causal language model of its type. With `meta` no
+    memory is allocated for weights. Code that comes with a model is never run: CheckpointError for a config whose class transformers
+    does not have, or that its class cannot be built from.
     """
     # Models are described by configs at hand; nothing here has a reason to ask the hub.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -28,13 +29,28 @@ def empty_model(config: Mapping[str, Any], label: str, *, meta: bool = False) ->
     try:
         parsed = AutoConfig.for_model(kind, **values)
         with torch.device("meta") if meta else nullcontext(), _without_initialisation():
-            model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, trust_remote_code=False)
+            named = _named_class(config, parsed)
+            if named is not None:
+                model = named._from_config(parsed, dtype=torch.float32)
+            else:
+                model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # a foreign config goes through foreign code: anything may be raised
         raise CheckpointError(
             f"{label}: transformers cannot build model_type {kind!r} from its config: {error}. Restore the model's config.json."
         ) from error
     model.tie_weights()  # part of the initialisation that was left out
     return model.eval()
+
+
+def _named_class(config: Mapping[str, Any], parsed: Any) -> Any:
+    """The class of transformers that stands under `architectures` and takes this config, or None."""
+    import transformers
+
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    fits = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and found.config_class is not None
+    return found if fits and isinstance(parsed, found.config_class) else None
 
 
 def _without_initialisation() -> AbstractContextManager[Any]:

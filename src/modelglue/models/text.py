@@ -38,6 +38,11 @@ class LiveTextModel:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.truncated = 0
+        if model.config.is_encoder_decoder or not model.can_generate():
+            raise CheckpointError(
+                f"{type(model).__name__}: does not continue texts token by token, so it can be neither scored nor asked. "
+                "Give a decoder with a language-model head."
+            )
         config = model.config.get_text_config()
         self._limit = int(getattr(config, "max_position_embeddings", None) or 2**30)
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
