@@ -16,7 +16,7 @@ from modelglue import errors
 from modelglue.cli.app import COMMANDS, app
 
 NAMES = """
-Checkpoint Mixture ModelGlueError RunError UserError __version__ check evaluate find_families glue load_into load_live merge method open
+Checkpoint Mixture ModelGlueError RunError UserError __version__ check diff evaluate find_families glue load_into load_live merge method open
 save select similarity
 """.split()  # noqa: SIM905
 
@@ -37,6 +37,7 @@ OPTIONS = {
     "check": "--recipe --workers --json",
     "methods": "--name --json",
     "inspect": "--model --identity --json",
+    "diff": "--a --b --tensors --out --overwrite --workers --json --quiet",
     "similarity": "MODELS --zoo --mode --scope --base --threshold --linkage --out --overwrite --json --quiet",
     "eval": "MODELS --tasks --include --store --json --quiet",
     "generate": "--model PROMPTS --max-new-tokens --until --json --quiet",

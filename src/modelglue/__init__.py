@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from modelglue.models import load_into, load_live
     from modelglue.recipe import check, merge
     from modelglue.search import select
-    from modelglue.zoo import find_families, similarity
+    from modelglue.zoo import diff, find_families, similarity
 
 _HOMES = {
     "Checkpoint": "checkpoint", "save": "checkpoint", "ModelGlueError": "errors", "RunError": "errors", "UserError": "errors",
     "evaluate": "evaluation", "glue": "glue", "method": "methods", "Mixture": "mixture", "load_into": "models",
-    "load_live": "models", "check": "recipe", "merge": "recipe", "select": "search", "find_families": "zoo", "similarity": "zoo",
+    "load_live": "models", "check": "recipe", "merge": "recipe", "select": "search", "diff": "zoo",
+    "find_families": "zoo", "similarity": "zoo",
 }  # fmt: skip
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "UserError",
     "__version__",
     "check",
+    "diff",
     "evaluate",
     "find_families",
     "glue",

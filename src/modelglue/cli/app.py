@@ -31,6 +31,7 @@ COMMANDS = {
     "check": ("modelglue.cli.check:check", "Say from headers alone whether a recipe will work and what it needs."),
     "methods": ("modelglue.cli.methods:methods", "List the merge methods, or explain one."),
     "inspect": ("modelglue.cli.inspect:inspect", "Show a model's tensors, layers, dtypes and sizes."),
+    "diff": ("modelglue.cli.diff:diff", "Show where two models differ, by layer and role."),
     "similarity": ("modelglue.cli.similarity:similarity", "Compare the weights of models and find the families."),
     "eval": ("modelglue.cli.eval:evaluate", "Score models on lm-evaluation-harness tasks."),
     "generate": ("modelglue.cli.generate:generate", "Continue prompts, greedily, and print the continuations."),
