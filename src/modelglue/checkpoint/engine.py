@@ -6,12 +6,13 @@ input at a time, so memory is O(chunk x inputs).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint import compiled
-from modelglue.checkpoint.merge_function import MergeFunction, ParameterSource, Round, Unit
+from modelglue.checkpoint.merge_function import MergeFunction, ParameterSource, Round, Unit, unit_shape
 from modelglue.checkpoint.protocol import Checkpoint, TensorInfo
 from modelglue.checkpoint.scratch import spill
 from modelglue.checkpoint.tensors import torch_dtype
@@ -118,10 +119,11 @@ class Engine:
         unit = job.unit(name)
         if unit == "element":
             return self._merge_chunk(name, start, stop, None)
-        row = info.shape[-1] if info.shape else 1
-        if unit == "row":
-            first, last = start // row * row, -(-stop // row) * row
-            return self._merge_chunk(name, first, last, (-1, row))[start - first : stop - first]
+        if unit != "matrix":
+            shape = unit_shape(unit, info.shape)
+            part = math.prod(shape)
+            first, last = start // part * part, -(-stop // part) * part
+            return self._merge_chunk(name, first, last, (-1, *shape))[start - first : stop - first]
         if self._whole is None or self._whole[0] != name:
             self._whole = (name, self._merge_chunk(name, 0, info.numel, info.shape))
         return self._whole[1][start:stop]
@@ -131,12 +133,7 @@ class Engine:
 
         parameters = self._job.parameters_of(name)
         survey = self._survey(name)
-        models, base = self._load(name, start, stop)
-        uniform = self._uniform(name, start, stop)
-        if shape is not None:
-            models = [model.view(*shape) for model in models]
-            base = base.view(*shape) if base is not None else None
-            uniform = [numbers.view(*shape) for numbers in uniform] if uniform is not None else None
+        models, base, uniform = self._inputs(name, start, stop, shape)
         result = self._job.method.merge(models, base, uniform, survey, start, parameters)
         dtype = torch_dtype(self._job.outputs[name].dtype)
         stored = result.reshape(-1).to(dtype)
@@ -170,6 +167,19 @@ class Engine:
                 )
         return first
 
+    def _inputs(
+        self, name: str, start: int, stop: int, shape: Sequence[int] | None
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None, Sequence[torch.Tensor] | None]:
+        """One chunk of every model, of the base, and of the uniform numbers, in the given shape (default: as they lie)."""
+        models, base = self._load(name, start, stop)
+        if shape is not None:
+            models = [model.view(tuple(shape)) for model in models]
+            base = base.view(tuple(shape)) if base is not None else None
+        if not self._job.method.needs_uniform:
+            return models, base, None
+        streams = [self._job.streams[position] for position in self._job.members_of(name)]
+        return models, base, _Uniforms(self._job.uniforms, name, streams, start, stop, shape)
+
     def _load(self, name: str, start: int, stop: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """One chunk of every input, in the compute dtype; refuses NaN and infinity by model and tensor."""
         import torch
@@ -188,12 +198,6 @@ class Engine:
                 )
             chunks.append(chunk)
         return (chunks[:-1], chunks[-1]) if job.base is not None else (chunks, None)
-
-    def _uniform(self, name: str, start: int, stop: int) -> list[torch.Tensor] | None:
-        job = self._job
-        if not job.method.needs_uniform:
-            return None
-        return [job.uniforms.numbers(name, job.streams[position], start, stop) for position in job.members_of(name)]
 
     # -- surveys --------------------------------------------------------------------------------------------------------
 
@@ -255,14 +259,11 @@ class Engine:
         wanted = None if round_.ranges is None else sorted(round_.ranges(known, total, parameters))
         partials = []
         for name in names:
-            begin, numel = offsets[name], self._job.outputs[name].numel
-            if wanted is None:
-                ranges = [(at, min(at + SURVEY_ELEMENTS, numel)) for at in range(0, numel, SURVEY_ELEMENTS)]
-            else:
-                ranges = [(max(a - begin, 0), min(b - begin, numel)) for a, b in wanted if a < begin + numel and b > begin]
-            for start, stop in ranges:
-                models, base = self._load(name, start, stop)
-                uniform = self._uniform(name, start, stop)
+            begin, info = offsets[name], self._job.outputs[name]
+            part = unit_shape(round_.unit, info.shape)
+            shape = {"element": None, "matrix": info.shape}.get(round_.unit, (-1, *part))
+            for start, stop in _survey_chunks(info.numel, math.prod(part), begin, wanted):
+                models, base, uniform = self._inputs(name, start, stop, shape)
                 partials.append(round_.gather(models, base, uniform, known, begin + start, parameters))
         return round_.combine(partials, known, total, parameters)
 
@@ -281,6 +282,40 @@ class Engine:
                 self._spilled.clear()
             self._spilled[name] = [spill(c, name) if c.computed(name) else c for c in inputs]
         return self._spilled[name]
+
+
+def _survey_chunks(numel: int, part: int, begin: int, wanted: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
+    """The chunks that a round visits: whole parts, all of them or those that the wanted ranges (shifted by `begin`) touch, once each."""
+    if wanted is None:
+        step = max(SURVEY_ELEMENTS // part, 1) * part if part else 1
+        return [(at, min(at + step, numel)) for at in range(0, numel, step)]
+    chunks: list[tuple[int, int]] = []
+    for a, b in wanted:
+        start, stop = max(a - begin, 0) // part * part, min(-(-(b - begin) // part) * part, numel)
+        if chunks and part > 1:
+            start = max(start, chunks[-1][1])
+        if start < stop:
+            chunks.append((start, stop))
+    return chunks
+
+
+@dataclass(frozen=True)
+class _Uniforms(Sequence["torch.Tensor"]):
+    """The uniform numbers of one chunk, one tensor per model, made when they are asked for: a method may know what they said."""
+
+    source: UniformSource
+    name: str
+    streams: Sequence[int]
+    start: int
+    stop: int
+    shape: Sequence[int] | None
+
+    def __len__(self) -> int:
+        return len(self.streams)
+
+    def __getitem__(self, position: Any) -> Any:
+        numbers = self.source.numbers(self.name, self.streams[position], self.start, self.stop)
+        return numbers if self.shape is None else numbers.view(tuple(self.shape))
 
 
 @dataclass(frozen=True)

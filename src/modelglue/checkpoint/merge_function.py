@@ -10,7 +10,22 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
-Unit = Literal["element", "row", "matrix"]
+Unit = Literal["element", "row", "channel", "matrix"]
+
+
+def unit_shape(unit: Unit, shape: Sequence[int]) -> tuple[int, ...]:
+    """The part of a tensor that one call must hold whole; its chunks come as [count, *part], those of unit "element" as [length].
+
+    "row": a vector along the last axis. "channel": everything at one index of the first axis, the weights of one output (a tensor with
+    one axis is one channel). "matrix": the tensor.
+    """
+    if unit == "element":
+        return ()
+    if unit == "row":
+        return tuple(shape[-1:]) or (1,)
+    if unit == "channel":
+        return tuple(shape[1:] if len(shape) > 1 else shape) or (1,)
+    return tuple(shape)
 
 
 @dataclass(frozen=True)
@@ -21,13 +36,15 @@ class Round:
     except at the end of a tensor) and returns its partial result; `combine(partials, known, numel, parameters)` makes the round's result of
     them, in index order. `known` holds the results of the rounds before. `ranges(known, numel, parameters)`, if given, names
     the chunks to visit; default: all. Scope "tensor" runs it for one tensor, "model" once over all tensors laid end to end in
-    the order of their names.
+    the order of their names. With another `unit` the chunks are whole rows or channels (or the tensor), in the shape in which
+    the merge gets them; `ranges` are widened to them.
     """
 
     gather: Callable[..., Any]
     combine: Callable[..., Any]
     scope: Literal["tensor", "model"] = "tensor"
     ranges: Callable[[Sequence[Any], int, Mapping[str, Any]], Sequence[tuple[int, int]]] | None = None
+    unit: Unit = "element"
 
 
 class MergeFunction(Protocol):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint.engine import Engine, Job
 from modelglue.checkpoint.fit import check_same_tensors, label_of
-from modelglue.checkpoint.merge_function import Constant, MergeFunction, ParameterSource
+from modelglue.checkpoint.merge_function import Constant, MergeFunction, ParameterSource, unit_shape
 from modelglue.checkpoint.protocol import FLOATING, Checkpoint, SideFile, TensorInfo
 from modelglue.checkpoint.tensors import STORE_DTYPES
 from modelglue.checkpoint.uniform import CounterHash, UniformSource
@@ -152,9 +153,9 @@ class MergedCheckpoint(Checkpoint):
         unit = self._job.unit(name)
         if unit == "matrix":
             return [(0, info.numel)]
-        if unit == "row" and info.numel:
-            row = info.shape[-1] if info.shape else 1
-            limit = max(limit // row, 1) * row
+        if unit != "element" and info.numel:
+            part = math.prod(unit_shape(unit, info.shape))
+            limit = max(limit // part, 1) * part
         return super().pieces(name, limit)
 
     def splittable(self, name: str) -> bool:

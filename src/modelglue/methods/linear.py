@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _weights_do_not_cancel(parameters: Mapping[str, Any]) -> str | None:
+def _weights_do_not_cancel(parameters: Mapping[str, Any], models: Sequence[str]) -> list[str]:
     if parameters["normalize"] and abs(sum(parameters["weight"])) < 1e-8:
-        return "the weights sum to 0, so they cannot be normalised; change them or set normalize: false"
-    return None
+        return ["the weights sum to 0, so they cannot be normalised; change them or set normalize: false"]
+    return []
 
 
 @method(source="Model soups, arXiv 2203.05482", check=_weights_do_not_cancel)

@@ -23,7 +23,10 @@ from modelglue.checkpoint import Round as Round  # methods take it from here: of
 from modelglue.errors import UserError, did_you_mean
 
 T = TypeVar("T")
-Unit = Literal["element", "row", "matrix"]
+Unit = Literal["element", "row", "channel", "matrix"]
+
+#: resolved parameters and what to call the models -> all that is wrong with them together
+Check = Callable[[Mapping[str, Any], Sequence[str]], Sequence[str]]
 
 _PER_MODEL = object()
 #: one value per model: a list in the order of the recipe
@@ -118,7 +121,7 @@ class Method:
     #: fixed, or decided by the parameters of a merge; asked through `unit`, `rounds` and `resolve`
     _unit: Unit | Callable[[Mapping[str, Any]], Unit] = field(repr=False)
     _rounds: Sequence[Round] | Callable[[Mapping[str, Any]], Sequence[Round]] = field(repr=False)
-    _check: Callable[[Mapping[str, Any]], str | None] | None = field(repr=False, default=None)
+    _check: Check | None = field(repr=False, default=None)
     _copies: Callable[[Mapping[str, Any]], bool] | None = field(repr=False, default=None)
 
     def __reduce__(self) -> Any:
@@ -201,8 +204,8 @@ class Method:
             wanted = f"exactly {self.min_models}" if self.min_models == self.max_models else f"at least {self.min_models}"
             besides = " besides the base" if self.takes_base else ""
             faults.append(f"{self.id} takes {wanted} model{'s' if self.min_models > 1 else ''}{besides}, the recipe has {len(each)}")
-        if not faults and self._check is not None and (fault := self._check(values)) is not None:
-            faults.append(fault)
+        if not faults and self._check is not None:
+            faults += self._check(values, [f"model {label}" for label in labels])
         return values, faults
 
 
@@ -215,7 +218,7 @@ def method(
     models: tuple[int, int | None] = (1, None),
     symmetric: bool = True,
     source: str,
-    check: Callable[[Mapping[str, Any]], str | None] | None = None,
+    check: Check | None = None,
     copies: Callable[[Mapping[str, Any]], bool] | None = None,
     mergekit: Mapping[str, Any] | None = None,
     without_effect: Sequence[str] = (),
