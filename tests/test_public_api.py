@@ -36,7 +36,7 @@ OPTIONS = {
     "merge": "--recipe --out --workers --shard-size --overwrite --quiet --json",
     "check": "--recipe --workers --json",
     "methods": "--name --json",
-    "inspect": "--model --identity --json",
+    "inspect": "--model --tensors --identity --json",
     "diff": "--a --b --tensors --out --overwrite --workers --json --quiet",
     "similarity": "MODELS --zoo --mode --scope --base --threshold --linkage --out --overwrite --json --quiet",
     "eval": "MODELS --tasks --include --store --json --quiet",

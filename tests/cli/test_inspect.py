@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from modelglue.checkpoint import open_checkpoint
 from tests.cli.conftest import Run
 from tests.recipe.on_disk import write_model
+from tests.zoo.models import tensors
 
 
 def test_the_table(run: Run, zoo: Path) -> None:
@@ -32,16 +34,84 @@ def test_the_table(run: Run, zoo: Path) -> None:
     ]
 
 
+def test_what_is_said_before_the_tables(run: Run, zoo: Path) -> None:
+    lines = run("inspect", zoo / "half").out.splitlines()
+    assert [line.split(maxsplit=1) for line in lines[1:5]] == [
+        ["dtypes", "BF16 960 B in 14"],
+        ["vocabulary", "8 tokens, ids to 7; 8 embedding rows"],
+        ["head", "stored"],
+        ["files", "tokenizer.json"],
+    ]
+    assert [line.split() for line in lines[6:12]] == [
+        ["role", "tensors", "parameters", "bytes"],
+        ["embedding", "1", "48", "96", "B"],
+        ["attention", "6", "132", "264", "B"],
+        ["feed-forward", "4", "240", "480", "B"],
+        ["norm", "2", "12", "24", "B"],
+        ["head", "1", "48", "96", "B"],
+    ]
+
+
+def test_every_tensor(run: Run, zoo: Path) -> None:
+    rows = [line.split() for line in run("inspect", zoo / "half", "--tensors").out.splitlines()]
+    heading = rows.index(["tensor", "layer", "role", "shape", "dtype", "bytes"])
+    assert len(rows) == heading + 1 + 14
+    assert rows[heading + 1] == ["lm_head.weight", "head", "8", "x", "6", "BF16", "96", "B"]
+    assert rows[-1] == ["model.layers.1.self_attn.q_proj.weight", "1", "attention", "6", "x", "6", "BF16", "72", "B"]
+    listed = json.loads(run("inspect", zoo / "half", "--tensors", "--json").out)["list"]
+    assert listed[-1] == {
+        "name": "model.layers.1.self_attn.q_proj.weight", "layer": 1, "role": "attention", "shape": [6, 6], "dtype": "BF16", "bytes": 72,
+    }  # fmt: skip
+    assert sum(row["bytes"] for row in listed) == 960
+
+
 def test_json(run: Run, zoo: Path) -> None:
     found = json.loads(run("inspect", zoo / "half", "--json").out)
-    groups = found.pop("groups")
+    groups, roles = found.pop("groups"), found.pop("roles")
     assert found == {
         "model": str(zoo / "half"), "architecture": "LlamaForCausalLM", "tensors": 14, "parameters": 480, "bytes": 960,
-        "layers": 2, "files": ["tokenizer.json"],
+        "layers": 2, "stacks": {"model.layers": 2}, "files": ["tokenizer.json"], "head": "stored", "quantization": None,
+        "dtypes": {"BF16": {"tensors": 14, "parameters": 480, "bytes": 960}},
+        "vocabulary": {"tokens": 8, "highest_id": 7, "rows": 8, "config": 8},
     }  # fmt: skip
     assert groups[3] == {"name": "model.layers.*.mlp.down_proj.weight", "count": 2, "shape": [6, 10], "dtype": "BF16", "bytes": 240}
     assert sum(group["bytes"] for group in groups) == 960
     assert sum(group["count"] for group in groups) == 14
+    assert sum(row["bytes"] for row in roles.values()) == 960
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "expected"),
+    [
+        ({"vocab_size": 9}, {}, "8 tokens, ids to 7; 8 embedding rows, vocab_size 9"),
+        ({}, {"model.embed_tokens.weight": (5, 6)}, "8 tokens, ids to 7; 5 embedding rows, vocab_size 8; some tokens have no row"),
+        ({"text_config": {"vocab_size": 7}}, {}, "8 tokens, ids to 7; 8 embedding rows, vocab_size 7"),
+        ({"words": None}, {}, "no tokenizer.json; 8 embedding rows"),
+    ],
+)
+def test_vocabulary(run: Run, tmp_path: Path, config: Any, weights: dict[str, tuple[int, ...]], expected: str) -> None:
+    made = {**tensors(1), **{name: torch.zeros(shape) for name, shape in weights.items()}}
+    lines = run("inspect", write_model(tmp_path / "m", weights=made, **config)).out.splitlines()
+    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("vocabulary")] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("tied", "stored", "expected"),
+    [(True, False, "tied"), (True, True, "stored, though the config ties it"), (False, True, "stored"), (None, False, "none")],
+)
+def test_heads(run: Run, tmp_path: Path, tied: bool | None, stored: bool, expected: str) -> None:
+    made = {name: value for name, value in tensors(1).items() if stored or name != "lm_head.weight"}
+    folder = write_model(tmp_path / "m", weights=made, tie_word_embeddings=tied)
+    assert json.loads(run("inspect", folder, "--json").out)["head"] == expected
+
+
+def test_several_stacks_and_dtypes(run: Run, tmp_path: Path) -> None:
+    weights = {f"encoder.block.{n}.layer.0.SelfAttention.q.weight": torch.zeros(2, 2) for n in range(3)}
+    weights["decoder.block.0.layer.0.SelfAttention.q.weight"] = torch.zeros(2, 2, dtype=torch.float16)
+    lines = run("inspect", write_model(tmp_path / "m", weights=weights)).out.splitlines()
+    assert lines[0].endswith("56 B, 3 layers")
+    assert lines[1].split() == ["dtypes", "F32", "48", "B", "in", "3,", "F16", "8", "B", "in", "1"]
+    assert lines[2].split() == ["stacks", "decoder.block", "(1),", "encoder.block", "(3)"]
 
 
 def test_the_committed_models(run: Run, tiny_zoo: Path) -> None:

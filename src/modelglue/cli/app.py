@@ -30,7 +30,7 @@ COMMANDS = {
     "merge": ("modelglue.cli.merge:merge", "Merge models by a recipe."),
     "check": ("modelglue.cli.check:check", "Say from headers alone whether a recipe will work and what it needs."),
     "methods": ("modelglue.cli.methods:methods", "List the merge methods, or explain one."),
-    "inspect": ("modelglue.cli.inspect:inspect", "Show a model's tensors, layers, dtypes and sizes."),
+    "inspect": ("modelglue.cli.inspect:inspect", "Show a model's layers, roles, dtypes, sizes and tensors."),
     "diff": ("modelglue.cli.diff:diff", "Show where two models differ, by layer and role."),
     "similarity": ("modelglue.cli.similarity:similarity", "Compare the weights of models and find the families."),
     "eval": ("modelglue.cli.eval:evaluate", "Score models on lm-evaluation-harness tasks."),
