@@ -6,13 +6,14 @@ input at a time, so memory is O(chunk x inputs).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint import compiled
-from modelglue.checkpoint.merge_function import MergeFunction, ParameterSource, Round, Unit, unit_shape
+from modelglue.checkpoint.merge_function import CannotMergeError, MergeFunction, ParameterSource, Round, Unit, unit_shape
 from modelglue.checkpoint.protocol import Checkpoint, TensorInfo
 from modelglue.checkpoint.scratch import spill
 from modelglue.checkpoint.tensors import torch_dtype
@@ -23,6 +24,8 @@ from modelglue.settings import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
     import torch
+
+_log = logging.getLogger(__name__)
 
 #: chunks of a survey are whole blocks, so that sums come out the same whatever the chunk of the merge
 SURVEY_ELEMENTS = max(CHUNK_ELEMENTS // BLOCK_ELEMENTS, 1) * BLOCK_ELEMENTS
@@ -257,15 +260,26 @@ class Engine:
         total = sum(self._job.outputs[name].numel for name in names)
         parameters = self._job.parameters_of(names[0])
         wanted = None if round_.ranges is None else sorted(round_.ranges(known, total, parameters))
-        partials = []
+        partials: list[Any] = []
         for name in names:
             begin, info = offsets[name], self._job.outputs[name]
             part = unit_shape(round_.unit, info.shape)
             shape = {"element": None, "matrix": info.shape}.get(round_.unit, (-1, *part))
             for start, stop in _survey_chunks(info.numel, math.prod(part), begin, wanted):
                 models, base, uniform = self._inputs(name, start, stop, shape)
-                partials.append(round_.gather(models, base, uniform, known, begin + start, parameters))
-        return round_.combine(partials, known, total, parameters)
+                partial = round_.gather(models, base, uniform, known, begin + start, parameters)
+                if round_.fold is not None and partials:
+                    partials[0] = round_.fold(partials[0], partial)
+                else:
+                    partials.append(partial)
+        where = f"{self._job.method.id}: tensor '{names[0]}'" if round_.scope == "tensor" else self._job.method.id
+        try:
+            result = round_.combine(partials, known, total, parameters)
+        except CannotMergeError as error:
+            raise MergeError(f"{where}: {error}") from None
+        if round_.note is not None and (note := round_.note(result)) is not None:
+            _log.warning("%s: %s", where, note)
+        return result
 
     def _sources(self, name: str) -> list[Checkpoint]:
         """The inputs to read from: what rounds and merge would compute again each is computed once, into an unlinked scratch file.

@@ -28,6 +28,10 @@ def unit_shape(unit: Unit, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
+class CannotMergeError(Exception):
+    """Raised by a method: what it cannot do with these values, and what would help. The engine says which tensor it is."""
+
+
 @dataclass(frozen=True)
 class Round:
     """One reduction over chunks, before the merge maps over them.
@@ -37,7 +41,8 @@ class Round:
     them, in index order. `known` holds the results of the rounds before. `ranges(known, numel, parameters)`, if given, names
     the chunks to visit; default: all. Scope "tensor" runs it for one tensor, "model" once over all tensors laid end to end in
     the order of their names. With another `unit` the chunks are whole rows or channels (or the tensor), in the shape in which
-    the merge gets them; `ranges` are widened to them.
+    the merge gets them; `ranges` are widened to them. `fold(so far, next)` joins partial results as they come, where keeping
+    all of them would take much memory; `combine` then gets one (or none). `note(result)`: what a user should be warned of.
     """
 
     gather: Callable[..., Any]
@@ -45,6 +50,8 @@ class Round:
     scope: Literal["tensor", "model"] = "tensor"
     ranges: Callable[[Sequence[Any], int, Mapping[str, Any]], Sequence[tuple[int, int]]] | None = None
     unit: Unit = "element"
+    fold: Callable[[Any, Any], Any] | None = None
+    note: Callable[[Any], str | None] | None = None
 
 
 class MergeFunction(Protocol):
@@ -57,6 +64,7 @@ class MergeFunction(Protocol):
     @property
     def needs_uniform(self) -> bool: ...
     def unit(self, parameters: Mapping[str, Any]) -> Unit: ...
+    def copies(self, parameters: Mapping[str, Any]) -> bool: ...
     def rounds(self, parameters: Mapping[str, Any]) -> Sequence[Round]: ...
     def merge(
         self,

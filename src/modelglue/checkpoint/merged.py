@@ -95,8 +95,12 @@ class MergedCheckpoint(Checkpoint):
             return self._donor.info(name)  # which says what is wrong with the name
 
     def _output(self, name: str) -> TensorInfo:
-        info = self._donor.info(name)
+        info = (self._models[0] if self._copies(name) else self._donor).info(name)
         return TensorInfo(info.shape, self._store) if self._store and info.dtype in FLOATING else info
+
+    def _copies(self, name: str) -> bool:
+        """Whether the method takes the first model's tensor as it is, NaN and all."""
+        return self._method.copies(self._parameters.for_tensor(name))
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -180,15 +184,18 @@ class MergedCheckpoint(Checkpoint):
         return [*self._models, *([self._base] if self._base is not None else [])]
 
     def _merged_names(self) -> frozenset[str]:
-        """The tensors that are computed; those that are not floating point are copied, 8-bit floats are refused by name."""
+        """The tensors that are computed, or stored in another dtype; those that are not floating point are copied, 8-bit floats are
+        refused by name unless the method copies.
+        """
+        copied = {name for name in self._names if self._copies(name) and self._output(name) == self._models[0].info(name)}
         for name in self._names:
             dtype = self._donor.info(name).dtype
-            if dtype.startswith("F8"):
+            if dtype.startswith("F8") and name not in copied:
                 raise MergeError(
                     f"{self._method.id}: tensor '{name}' of {label_of(self._donor)} is {dtype}; 8-bit floats are not merged elementwise. "
                     "Dequantise the models first."
                 )
-        return frozenset(name for name in self._names if self._donor.info(name).dtype in FLOATING)
+        return frozenset(name for name in self._names if self._donor.info(name).dtype in FLOATING and name not in copied)
 
 
 def _reference(checkpoint: Checkpoint) -> dict[str, Any]:
