@@ -38,6 +38,7 @@ OPTIONS = {
     "methods": "--name --json",
     "inspect": "--model --tensors --identity --json",
     "diff": "--a --b --tensors --out --overwrite --workers --json --quiet",
+    "verify": "--folder --quick --workers --json --quiet",
     "similarity": "MODELS --zoo --mode --scope --base --threshold --linkage --out --overwrite --json --quiet",
     "eval": "MODELS --tasks --include --store --json --quiet",
     "generate": "--model PROMPTS --max-new-tokens --until --json --quiet",
