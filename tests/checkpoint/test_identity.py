@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from modelglue.checkpoint import SafetensorsCheckpoint, TensorsCheckpoint
-from modelglue.checkpoint.folder import SIDE_FILES
 from modelglue.checkpoint.identity import _STEP, tensor_digest
+from modelglue.checkpoint.side_files import TEXT_FILES
 from modelglue.settings import cache_dir
 from tests.checkpoint.files import randn, write_model, write_single
 
@@ -82,9 +82,7 @@ def test_identity_and_stamp_change_with_the_content(change: Callable[[Path], Non
     assert SafetensorsCheckpoint(folder).stamp != stamp
 
 
-READ_BY_TOKENIZERS = [
-    name for name in SIDE_FILES if name not in ("generation_config.json", "LICENSE", "LICENSE.txt") and "processor" not in name
-]
+READ_BY_TOKENIZERS = [name for name in TEXT_FILES if name != "generation_config.json"]
 
 
 @pytest.mark.parametrize("name", READ_BY_TOKENIZERS)

@@ -1,14 +1,17 @@
 """Floor 1: everything with named weights is a `Checkpoint`; here they are opened, composed and written."""
 
-from modelglue.checkpoint.folder import SafetensorsCheckpoint
+from modelglue.checkpoint.folder import DiskCheckpoint, SafetensorsCheckpoint
 from modelglue.checkpoint.merge_function import Constant, MergeFunction, ParameterSource, Round
 from modelglue.checkpoint.merged import ENGINE_VERSION, MergedCheckpoint
+from modelglue.checkpoint.pickled import PickledCheckpoint
+from modelglue.checkpoint.plan import Plan, plan_output, tensor_file
 from modelglue.checkpoint.protocol import FLOATING, ITEM_SIZE, Checkpoint, SideFile, TensorInfo, file_bytes, file_place
+from modelglue.checkpoint.record import RECORD_FILE, RECORD_FORMAT
 from modelglue.checkpoint.reference import open_checkpoint
 from modelglue.checkpoint.staging import json_bytes, staged, write_bytes_atomic, write_json_atomic
 from modelglue.checkpoint.tensors import STORE_DTYPES, TensorsCheckpoint, dtype_name, torch_dtype
 from modelglue.checkpoint.views import JoinedCheckpoint, RenamedCheckpoint
-from modelglue.checkpoint.writer import RECIPE_FILE, Plan, SaveReport, plan_output, save, tensor_file
+from modelglue.checkpoint.writer import RECIPE_FILE, SaveReport, save
 from modelglue.checkpoint.yaml_text import SHORT_FLOAT, yaml_text
 
 __all__ = [
@@ -16,14 +19,18 @@ __all__ = [
     "FLOATING",
     "ITEM_SIZE",
     "RECIPE_FILE",
+    "RECORD_FILE",
+    "RECORD_FORMAT",
     "SHORT_FLOAT",
     "STORE_DTYPES",
     "Checkpoint",
     "Constant",
+    "DiskCheckpoint",
     "JoinedCheckpoint",
     "MergeFunction",
     "MergedCheckpoint",
     "ParameterSource",
+    "PickledCheckpoint",
     "Plan",
     "RenamedCheckpoint",
     "Round",

@@ -6,24 +6,21 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelglue.checkpoint.protocol import file_bytes
+from modelglue.checkpoint.side_files import TEXT_FILES
 from modelglue.settings import cache_dir
 
 if TYPE_CHECKING:
     from modelglue.checkpoint.protocol import Checkpoint
 
 #: raise it when equal contents get another identity: what was remembered before is then forgotten
-_VERSION = 2
+_VERSION = 3
 #: elements hashed at a time
 _STEP = 2**22
-#: side files that change how a model reads text, and where it ends its answers
-_SIDE_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 
 
 def content_identity(checkpoint: Checkpoint, stamp: str | None) -> str:
@@ -35,18 +32,30 @@ def content_identity(checkpoint: Checkpoint, stamp: str | None) -> str:
     """
     if stamp is not None and (known := _recall(stamp)) is not None:
         return known
-    digest = hashlib.sha256()
-    for name in sorted(checkpoint.names()):
-        info = checkpoint.info(name)
-        digest.update(json.dumps([name, info.dtype, list(info.shape), tensor_digest(checkpoint, name)]).encode())
-    digest.update(json.dumps(checkpoint.config, sort_keys=True).encode())
-    for name in _SIDE_FILES:
-        if name in checkpoint.files:
-            digest.update(name.encode() + hashlib.sha256(file_bytes(checkpoint.files[name])).digest())
-    identity = digest.hexdigest()
+    identity = _identity(checkpoint, lambda name: tensor_digest(checkpoint, name))
     if stamp is not None:
         _remember(stamp, identity)
     return identity
+
+
+def remember_identity(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
+    """Remember the identity of a folder that was just written, of whose tensors the SHA-256 is known: nothing is read again.
+
+    Remembered under the files' path, size, mtime and inode like every other identity, so a later change of a file forgets it.
+    """
+    _remember(checkpoint.stamp, _identity(checkpoint, digests.__getitem__))
+
+
+def _identity(checkpoint: Checkpoint, digest_of: Callable[[str], str]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint.names()):
+        info = checkpoint.info(name)
+        digest.update(json.dumps([name, info.dtype, list(info.shape), digest_of(name)]).encode())
+    digest.update(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for name in TEXT_FILES:
+        if name in checkpoint.files:
+            digest.update(name.encode() + hashlib.sha256(file_bytes(checkpoint.files[name])).digest())
+    return digest.hexdigest()
 
 
 def tensor_digest(checkpoint: Checkpoint, name: str) -> str:

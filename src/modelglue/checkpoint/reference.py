@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from modelglue.checkpoint.folder import SafetensorsCheckpoint, hub_id_of
+from modelglue.checkpoint.folder import hub_id_of
+from modelglue.checkpoint.opening import open_folder
 from modelglue.checkpoint.protocol import Checkpoint
 from modelglue.errors import CheckpointError, UserError, did_you_mean
 
@@ -19,7 +20,7 @@ def open_checkpoint(reference: str | Path, *, relative_to: Path | None = None) -
 
     The reference is kept as it was written, so that recipes made from the checkpoint read as the user wrote them.
     """
-    return SafetensorsCheckpoint(resolve(str(reference), relative_to), str(reference))
+    return open_folder(resolve(str(reference), relative_to), str(reference))
 
 
 def resolve(reference: str, relative_to: Path | None = None) -> Path:

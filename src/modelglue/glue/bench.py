@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modelglue.checkpoint import ENGINE_VERSION, Checkpoint, SafetensorsCheckpoint, open_checkpoint
+from modelglue.checkpoint import ENGINE_VERSION, Checkpoint, DiskCheckpoint, open_checkpoint
 from modelglue.errors import UserError
 from modelglue.evaluation import CandidateEvaluator, ResidentModel, ScoreStore, TaskSet, leak_check, score_text_model
 from modelglue.glue.run_folder import SCORES, RunFolder
@@ -133,8 +133,8 @@ def open_bench(file: GlueFile, folder: Path, emit: Listener) -> Bench:
 
 def renamed(checkpoint: Checkpoint, reference: str) -> Checkpoint:
     """The same model on disk under another name, which recipes and cards made from it then give."""
-    assert isinstance(checkpoint, SafetensorsCheckpoint), "a zoo is made of models on disk"
-    return SafetensorsCheckpoint(checkpoint.path, reference)
+    assert isinstance(checkpoint, DiskCheckpoint), "a zoo is made of models on disk"
+    return checkpoint.called(reference)
 
 
 def reference_of(model: ZooModel) -> str:

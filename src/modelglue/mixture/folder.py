@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from modelglue.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorsCheckpoint, json_bytes, open_checkpoint, staged, tensor_file
+from modelglue.checkpoint import (
+    Checkpoint,
+    DiskCheckpoint,
+    SafetensorsCheckpoint,
+    TensorsCheckpoint,
+    json_bytes,
+    open_checkpoint,
+    staged,
+    tensor_file,
+)
 from modelglue.errors import CheckpointError, UserError
 from modelglue.mixture.router import WITHOUT_PROMPTS, Reader, best_layer, build_gate, knowledge, those_that_work
 from modelglue.mixture.spec import EXPERT_NAME, ROUTE_SPAN, ExpertSpec, GateMode, RouterSpec
@@ -181,11 +190,11 @@ def _pack(folder: Path, experts: Sequence[ExpertSpec], opened: Sequence[Checkpoi
     if not any(_same(expert.path, encoder) for expert in experts):
         sources[ENCODER] = read
     for place, checkpoint in sources.items():
-        assert isinstance(checkpoint, SafetensorsCheckpoint)
+        assert isinstance(checkpoint, DiskCheckpoint)
         shutil.rmtree(folder / place, ignore_errors=True)
         (folder / place).mkdir(parents=True)
         for path in sorted(checkpoint.path.iterdir()):
-            wanted = path.name.endswith(_MODEL_FILES) or path.name == "LICENSE"
+            wanted = path.name.endswith(_MODEL_FILES) or path.name == "LICENSE" or path in checkpoint.shards
             if wanted and path.is_file() and not path.name.startswith("."):
                 shutil.copyfile(path, folder / place / path.name)
 
