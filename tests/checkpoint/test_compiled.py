@@ -281,7 +281,7 @@ def test_prepare_finds_the_code_in_the_cache(method: str, table: Mapping[str, st
 @compiler
 def test_saved_bytes_are_the_same_from_compiled_code(table: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELGLUE_CACHE", str(Path(next(iter(table.values()))).parents[1]))
-    monkeypatch.setattr("modelglue.checkpoint.writer._TASK_ELEMENTS", 1000)
+    monkeypatch.setattr("modelglue.checkpoint.plan.TASK_ELEMENTS", 1000)
     written = []
     for number, (mode, workers) in enumerate([("off", 1), ("on", 1), ("on", 2)]):
         monkeypatch.setenv("MODELGLUE_COMPILE", mode)

@@ -19,6 +19,7 @@ import modelglue
 from modelglue.checkpoint import (
     ITEM_SIZE,
     RECIPE_FILE,
+    RECORD_FILE,
     Checkpoint,
     JoinedCheckpoint,
     MergedCheckpoint,
@@ -68,7 +69,7 @@ def test_bytes_of_a_tiny_file_are_frozen(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == TINY_BYTES
     assert (report.tensors, report.bytes, report.shards) == (5, 8 + 8 + 6 + 1, 1)
     assert (report.resumed_bytes, report.already_complete) == (0, False)
-    assert names_in(tmp_path / "out") == ["README.md", "model.safetensors", RECIPE_FILE]
+    assert names_in(tmp_path / "out") == ["README.md", "model.safetensors", RECIPE_FILE, RECORD_FILE]
 
 
 def test_header_is_padded_to_8_bytes_whatever_its_length() -> None:
@@ -86,7 +87,7 @@ def test_header_is_padded_to_8_bytes_whatever_its_length() -> None:
 def test_bytes_do_not_depend_on_workers_or_chunks(
     zoo: list[SafetensorsCheckpoint], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelglue.checkpoint.writer._TASK_ELEMENTS", 500)
+    monkeypatch.setattr("modelglue.checkpoint.plan.TASK_ELEMENTS", 500)
     expected: dict[str, bytes] | None = None
     for number, (workers, chunk) in enumerate([(1, 2**18), (1, 97), (2, 512), (3, 1000)]):
         out = tmp_path / str(number) / "out"
@@ -157,7 +158,7 @@ shapes = st.lists(st.integers(0, 9), max_size=3)
 def test_plan_gives_every_element_one_aligned_place(tensors: dict[str, tuple[str, list[int]]], shard: int, chunk: int, task: int) -> None:
     checkpoint = TensorsCheckpoint({name: torch.zeros(shape, dtype=torch_dtype(dtype)) for name, (dtype, shape) in tensors.items()})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modelglue.checkpoint.writer._TASK_ELEMENTS", task)
+        patch.setattr("modelglue.checkpoint.plan.TASK_ELEMENTS", task)
         plan = plan_output(checkpoint, shard_bytes=shard, chunk=chunk)
     assert sorted(plan.home) == sorted(tensors)
     for file in plan.shards:
@@ -210,7 +211,7 @@ def test_side_files_are_copied_byte_for_byte_and_nothing_else(zoo: list[Safetens
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == TOKENIZER
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == bytes(range(256))
     assert names_in(tmp_path / "out") == [
-        "README.md", "config.json", "model.safetensors", RECIPE_FILE, "tokenizer.json", "tokenizer.model",
+        "README.md", "config.json", "model.safetensors", RECIPE_FILE, RECORD_FILE, "tokenizer.json", "tokenizer.model",
     ]  # fmt: skip
 
 

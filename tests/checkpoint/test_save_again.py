@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -12,7 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from modelglue.checkpoint import RECIPE_FILE, Checkpoint, SafetensorsCheckpoint, TensorsCheckpoint, save, staging, writer
+from modelglue.checkpoint import (
+    RECIPE_FILE,
+    Checkpoint,
+    SafetensorsCheckpoint,
+    TensorsCheckpoint,
+    journal,
+    plan,
+    save,
+    staging,
+    writer,
+)
 from modelglue.checkpoint.staging import JOURNAL, LOCK, staged
 from modelglue.errors import MergeError, ModelGlueError, RunError, UserError, WorkerDiedError
 from tests.checkpoint.files import contents, names_in, write_single
@@ -46,17 +57,17 @@ def _no_patience(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 @pytest.fixture
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models behave like large ones: many tasks, each journaled when it is done."""
-    monkeypatch.setattr(writer, "_TASK_ELEMENTS", 1)
-    monkeypatch.setattr(writer, "_JOURNAL_BYTES", 1)
+    monkeypatch.setattr(plan, "TASK_ELEMENTS", 1)
+    monkeypatch.setattr(journal, "JOURNAL_BYTES", 1)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a killed process loses nothing that it wrote; a disk does
-    add = writer._Flusher.add
+    add = journal.Flusher.add
 
-    def add_and_wait(self: writer._Flusher, task: writer.Task) -> None:
-        add(self, task)
+    def add_and_wait(self: journal.Flusher, entry: journal.Entry) -> None:
+        add(self, entry)
         assert self._thread is not None
         self._thread.join()
 
-    monkeypatch.setattr(writer._Flusher, "add", add_and_wait)
+    monkeypatch.setattr(journal.Flusher, "add", add_and_wait)
 
 
 def save_merge(zoo: Zoo, out: Path, **options: Any) -> writer.SaveReport:
@@ -74,10 +85,10 @@ def siblings(folder: Path) -> list[Path]:
 KILLS: dict[str, tuple[Any, str, int, bool, str]] = {
     "before-the-folder-is-laid-out": (writer, "_lay_out", 1, True, "nothing"),
     "after-it-is-laid-out": (writer, "_lay_out", 1, False, "nothing"),
-    "before-anything-is-journaled": (writer._Journal, "add", 1, True, "nothing"),
-    "after-one-task": (writer._Journal, "add", 1, False, "some"),
-    "between-writing-and-journaling": (writer._Journal, "add", 4, True, "some"),
-    "after-six-tasks": (writer._Journal, "add", 6, False, "some"),
+    "before-anything-is-journaled": (journal.Journal, "add", 1, True, "nothing"),
+    "after-one-task": (journal.Journal, "add", 1, False, "some"),
+    "between-writing-and-journaling": (journal.Journal, "add", 4, True, "some"),
+    "after-six-tasks": (journal.Journal, "add", 6, False, "some"),
     "after-all-tasks": (writer, "_write_side_files", 1, True, "all"),
     "before-it-is-flushed": (staging, "_flush_tree", 1, True, "all"),
     "after-it-is-flushed": (staging, "_flush_tree", 1, False, "all"),
@@ -123,11 +134,11 @@ def test_killed_again_and_again(
     out = tmp_path / "work" / "out"
     kills = 0
     with monkeypatch.context() as patch:
-        patch.setattr(writer._Journal, "add", dying(writer._Journal.add, 2))
+        patch.setattr(journal.Journal, "add", dying(journal.Journal.add, 2))
         while run_in_child(lambda: save_merge(zoo, out, workers=1)) == -signal.SIGKILL:
             kills += 1
             assert not out.exists()
-    tasks = len(writer.plan_output(merge_of(zoo), chunk=200, shard_bytes=5000).tasks)
+    tasks = len(plan.plan_output(merge_of(zoo), chunk=200, shard_bytes=5000).tasks)
     assert kills == tasks // 2
     assert tasks > 8
     assert contents(out) == expected
@@ -139,12 +150,12 @@ def torn(text: str) -> str:
 
 
 def torn_short(text: str) -> str:
-    """Task 1x, of which only the 1 reached the disk: another task's number."""
-    return text + "1"
+    """An entry of which only the beginning reached the disk."""
+    return text + "[1"
 
 
 def unreadable(text: str) -> str:
-    return text + "\udcff\n-3\nx\n99999999\n\n"
+    return text + '\udcff\n-3\nx\n[99999999, {}]\n[true, {}]\n[7, 7]\n[7, {"w": "short"}]\n\n'
 
 
 @forked
@@ -154,14 +165,15 @@ def test_damaged_journal_costs_time_and_no_bytes(
 ) -> None:
     out = tmp_path / "work" / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(writer._Journal, "add", dying(writer._Journal.add, 3))
+        patch.setattr(journal.Journal, "add", dying(journal.Journal.add, 3))
         assert run_in_child(lambda: save_merge(zoo, out)) == -signal.SIGKILL
     [sibling] = siblings(out.parent)
-    journal = sibling / JOURNAL
-    text = journal.read_text()
-    journal.write_text(damage(text), errors="surrogateescape")
+    path = sibling / JOURNAL
+    text = path.read_text()
+    path.write_text(damage(text), errors="surrogateescape")
     # whatever the journal does not claim is wiped, so that a task that is wrongly believed to be done shows
-    done = {int(line) for line in text.split("\n")[1:-1]} - ({int(text.split("\n")[-2])} if damage is torn else set())
+    tasks = [json.loads(line)[0] for line in text.split("\n")[1:-1]]
+    done = set(tasks[:-1] if damage is torn else tasks)
     wipe_all_but(sibling, merge_of(zoo), done)
     report = save_merge(zoo, out)
     assert contents(out) == expected
@@ -169,10 +181,10 @@ def test_damaged_journal_costs_time_and_no_bytes(
 
 
 def wipe_all_but(folder: Path, checkpoint: Checkpoint, done: set[int]) -> None:
-    plan = writer.plan_output(checkpoint, chunk=200, shard_bytes=5000)
-    for task in plan.tasks:
+    planned = plan.plan_output(checkpoint, chunk=200, shard_bytes=5000)
+    for task in planned.tasks:
         for name, start, stop in task.pieces if task.number not in done else ():
-            shard = plan.home[name]
+            shard = planned.home[name]
             item = checkpoint.info(name).nbytes // max(checkpoint.info(name).numel, 1)
             with (folder / shard.file).open("r+b") as stream:
                 stream.seek(shard.offsets[name] + start * item)
@@ -187,7 +199,7 @@ def test_changed_input_starts_afresh_and_sweeps_what_was_left(
     zoo = write_zoo(tmp_path / "zoo")
     out = tmp_path / "work" / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(writer._Journal, "add", dying(writer._Journal.add, 5))
+        patch.setattr(journal.Journal, "add", dying(journal.Journal.add, 5))
         assert run_in_child(lambda: save_merge(zoo, out)) == -signal.SIGKILL
     [left] = siblings(out.parent)
     options: dict[str, Any] = {}
@@ -216,7 +228,7 @@ def test_shard_that_was_taken_away_starts_afresh(
 ) -> None:
     out = tmp_path / "work" / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(writer._Journal, "add", dying(writer._Journal.add, 5))
+        patch.setattr(journal.Journal, "add", dying(journal.Journal.add, 5))
         assert run_in_child(lambda: save_merge(zoo, out)) == -signal.SIGKILL
     next(siblings(out.parent)[0].glob("*.safetensors")).unlink()
     assert save_merge(zoo, out).resumed_bytes == 0
@@ -529,7 +541,7 @@ def test_disk_that_fills_up_is_a_run_error(zoo: Zoo, tmp_path: Path, workers: in
         return real(descriptor, data, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    monkeypatch.setattr(writer, "_TASK_ELEMENTS", 1)
+    monkeypatch.setattr(plan, "TASK_ELEMENTS", 1)
     out = tmp_path / "work" / "out"
     assert_fails(zoo, out, RunError, f"{out}: the disk is full", "nothing was left behind", workers=workers)
 
@@ -552,9 +564,9 @@ def test_disk_that_fails_while_flushing_is_a_run_error(batches: str, zoo: Zoo, t
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(writer, "_TASK_ELEMENTS", 1)
+    monkeypatch.setattr(plan, "TASK_ELEMENTS", 1)
     if batches == "in-the-thread":
-        monkeypatch.setattr(writer, "_JOURNAL_BYTES", 1)
+        monkeypatch.setattr(journal, "JOURNAL_BYTES", 1)
     out = tmp_path / "work" / "out"
     assert_fails(zoo, out, RunError, str(out), "Input/output error")
 
@@ -602,7 +614,7 @@ def test_name_that_no_disk_takes_is_a_user_error(zoo: Zoo, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_error_in_the_merge_leaves_nothing(zoo: Zoo, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_TASK_ELEMENTS", 1)
+    monkeypatch.setattr(plan, "TASK_ELEMENTS", 1)
     tensors = {name: zoo[2].tensor(name).clone() for name in zoo[2].names()}
     tensors["layers.1.proj.weight"][20, 5] = float("nan")
     broken = [*zoo[:2], SafetensorsCheckpoint(write_single(tmp_path / "broken", tensors)), zoo[3]]
@@ -630,7 +642,7 @@ def bug() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_bug_in_the_merge_leaves_nothing_and_is_not_dressed_up(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_TASK_ELEMENTS", 1)
+    monkeypatch.setattr(plan, "TASK_ELEMENTS", 1)
     odd = _Odd(bug)
     odd.__dict__["identity"] = "0" * 64  # hashing would read
     with pytest.raises(ZeroDivisionError, match="a bug"):
@@ -640,7 +652,7 @@ def test_bug_in_the_merge_leaves_nothing_and_is_not_dressed_up(tmp_path: Path, w
 
 def test_worker_that_dies_leaves_what_was_finished_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the message says; the output is far too small for the journal to be written before its end."""
-    monkeypatch.setattr(writer, "_TASK_ELEMENTS", 1)
+    monkeypatch.setattr(plan, "TASK_ELEMENTS", 1)
     monkeypatch.setattr(staging, "_PATIENCE", 2)
     act = [lambda: os.kill(os.getpid(), signal.SIGKILL)]
     odd = _Odd(lambda: act[0]())
@@ -661,7 +673,7 @@ def test_worker_that_dies_leaves_what_was_finished_for_the_next_run(tmp_path: Pa
 @forked
 def test_workers_die_with_their_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the parent is killed, not the group: nobody writes on into a folder that the next run continues."""
-    monkeypatch.setattr(writer, "_TASK_ELEMENTS", 1)
+    monkeypatch.setattr(plan, "TASK_ELEMENTS", 1)
     read, write = os.pipe()
 
     def parent() -> None:

@@ -436,7 +436,7 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(run: Run, zoo: Path) -
     (zoo / "out" / "config.json").write_text("{}")
     assert run("merge", zoo / "recipe.yaml", zoo / "out", "--overwrite", "--quiet").code == 0
     assert sorted(path.name for path in (zoo / "out").iterdir()) == [
-        "README.md", "config.json", "model.safetensors", "modelglue_recipe.yaml", "tokenizer.json",
+        "README.md", "config.json", "model.safetensors", "modelglue_recipe.yaml", "modelglue_record.json", "tokenizer.json",
     ]  # fmt: skip
     assert sorted(path.name for path in zoo.iterdir()) == ["a", "b", "base", "half", "out", "recipe.yaml"]
 
@@ -500,7 +500,7 @@ def test_a_disk_that_fails(
     run: Run, zoo: Path, monkeypatch: pytest.MonkeyPatch, workers: int, number: int, code: int, message: str
 ) -> None:
     """In this process and in forked workers, which inherit the broken disk."""
-    monkeypatch.setattr("modelglue.checkpoint.writer._TASK_ELEMENTS", 50)
+    monkeypatch.setattr("modelglue.checkpoint.plan.TASK_ELEMENTS", 50)
 
     def pwrite(descriptor: int, data: Any, offset: int) -> int:
         raise OSError(number, os.strerror(number))
@@ -544,7 +544,7 @@ def test_out_of_memory(run: Run, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @FORKED
 def test_a_worker_that_dies(run: Run, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelglue.checkpoint.writer._TASK_ELEMENTS", 50)
+    monkeypatch.setattr("modelglue.checkpoint.plan.TASK_ELEMENTS", 50)
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: os.kill(os.getpid(), signal.SIGKILL))
     found = run("merge", zoo / "recipe.yaml", zoo / "out", "--workers", "2")
     expected = "a worker process died, probably for want of memory. Run it again with fewer --workers; the finished part is kept."

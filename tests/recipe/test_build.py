@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from modelglue.checkpoint import RECIPE_FILE, Checkpoint, TensorsCheckpoint, open_checkpoint, save
+from modelglue.checkpoint import RECIPE_FILE, RECORD_FILE, Checkpoint, TensorsCheckpoint, open_checkpoint, save
 from modelglue.errors import CheckpointError, MergeError, RecipeError
 from modelglue.recipe import Recipe, build, linear_recipe, merge, read_recipe, read_with_models
 from modelglue.recipe.schema import Entry
@@ -166,7 +166,7 @@ def test_the_recipe_inside_an_output_gives_the_same_bytes_again(folder: Path, na
     save(merge(first / RECIPE_FILE), second)
     found = bytes_of(first)
     assert bytes_of(second) == found
-    assert set(found) == {"README.md", "config.json", "model.safetensors", RECIPE_FILE, "tokenizer.json"}
+    assert set(found) == {"README.md", "config.json", "model.safetensors", RECIPE_FILE, RECORD_FILE, "tokenizer.json"}
 
 
 def test_mergekits_dialect_gives_the_bytes_of_ours(folder: Path, tmp_path: Path) -> None:

@@ -29,12 +29,12 @@ SHAPES = {
 DRIVER = """
 import sys
 from pathlib import Path
-from modelglue.checkpoint import MergedCheckpoint, open_checkpoint, save, writer
+from modelglue.checkpoint import MergedCheckpoint, journal, open_checkpoint, plan, save
 from modelglue.methods import get
 import torch
 
-writer._JOURNAL_BYTES = 16_000_000
-writer._TASK_ELEMENTS = 2**20
+journal.JOURNAL_BYTES = 16_000_000
+plan.TASK_ELEMENTS = 2**20
 out, *models = map(Path, sys.argv[1:])
 base, *models = [open_checkpoint(path) for path in models]
 parameters = {"weight": [0.6, 0.4], "density": [0.5, 0.7], "lambda": 1.0, "normalize": True, "rescale": False, "trim_scope": "tensor",

@@ -9,13 +9,17 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from modelglue.errors import WorkerDiedError
+
+#: called with a task and its result; may return further tasks
+OnDone: TypeAlias = Callable[[Any, Any], Iterable[Any] | None]
 
 #: state that tasks share; set before workers start, so that a forked worker has it for nothing
 _state: Any = None
@@ -27,17 +31,19 @@ def run_tasks(
     tasks: Sequence[Any],
     *,
     workers: int,
-    on_done: Callable[[Any, Any], None],
+    on_done: OnDone,
 ) -> None:
     """Call `function(state, task)` for every task, in `workers` processes; `on_done(task, result)` runs here, as they end.
 
-    With one worker everything runs in this process. A worker that dies raises WorkerDiedError; an exception of a task is raised
-    here as it is. Tasks are started in the order given: put long ones first.
+    What `on_done` returns are further tasks, which come next. With one worker everything runs in this process. A worker that dies
+    raises WorkerDiedError; an exception of a task is raised here as it is. Tasks are started in the order given: put long ones first.
     """
     if workers <= 1 or len(tasks) <= 1:
         with single_thread():
-            for task in tasks:
-                on_done(task, function(state, task))
+            waiting = deque(tasks)
+            while waiting:
+                task = waiting.popleft()
+                waiting.extendleft(on_done(task, function(state, task)) or ())
         return
     global _state
     _state = (function, state)
@@ -60,23 +66,15 @@ def run_tasks(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _drive(pool: ProcessPoolExecutor, tasks: Sequence[Any], workers: int, on_done: Callable[[Any, Any], None]) -> None:
+def _drive(pool: ProcessPoolExecutor, tasks: Sequence[Any], workers: int, on_done: OnDone) -> None:
     running: dict[Future[Any], Any] = {}
-    waiting = iter(tasks)
-    exhausted = False
-    while running or not exhausted:
-        while not exhausted and len(running) < 2 * workers:  # one in work and one in hand per worker
-            task = next(waiting, _END)
-            if task is _END:
-                exhausted = True
-            else:
-                running[pool.submit(_work, task)] = task
-        if running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                on_done(running.pop(future), future.result())
-
-
-_END = object()
+    waiting = deque(tasks)
+    while running or waiting:
+        while waiting and len(running) < 2 * workers:  # one in work and one in hand per worker
+            task = waiting.popleft()
+            running[pool.submit(_work, task)] = task
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            waiting.extendleft(on_done(running.pop(future), future.result()) or ())
 
 
 def _context() -> multiprocessing.context.BaseContext:

@@ -12,30 +12,28 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from modelglue.checkpoint.card import model_card
-from modelglue.checkpoint.folder import INDEX
+from modelglue.checkpoint.fill import Digest, Filling, fill, whole_tensors
+from modelglue.checkpoint.folder import INDEX, SafetensorsCheckpoint
+from modelglue.checkpoint.identity import remember_identity
+from modelglue.checkpoint.journal import Entry, Flusher, Journal
 from modelglue.checkpoint.merged import ENGINE_VERSION
-from modelglue.checkpoint.protocol import ITEM_SIZE, PACKED_BITS, Checkpoint, SideFile
+from modelglue.checkpoint.plan import Plan, Shard, Task, plan_output
+from modelglue.checkpoint.protocol import Checkpoint, SideFile
+from modelglue.checkpoint.record import RECORD_FILE, record
 from modelglue.checkpoint.reference import reference_from
 from modelglue.checkpoint.staging import JOURNAL, LOCK, json_bytes, staged
 from modelglue.checkpoint.workers import run_tasks
 from modelglue.checkpoint.yaml_text import yaml_text
-from modelglue.errors import CheckpointError, RunError, UserError, WorkerDiedError
+from modelglue.errors import CheckpointError, RunError, UserError
 from modelglue.settings import CHUNK_ELEMENTS, SMALL_OUTPUT_BYTES, cache_dir, default_workers
 
 RECIPE_FILE = "modelglue_recipe.yaml"
-#: elements that one task writes at least, when tensors are small enough to be bundled
-_TASK_ELEMENTS = 2**23
-#: bytes that may be written but not yet journaled: what a kill can cost
-_JOURNAL_BYTES = 512_000_000
 
 
 @dataclass(frozen=True)
@@ -48,125 +46,6 @@ class SaveReport:
     shards: int
     resumed_bytes: int
     already_complete: bool
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One planned file: its header, and where every tensor's bytes will stand (absolute offsets)."""
-
-    file: str
-    header: bytes
-    offsets: dict[str, int]
-    size: int
-
-
-@dataclass(frozen=True)
-class Task:
-    """A bundle of pieces, (tensor, start, stop) in elements, done by one worker and journaled as one."""
-
-    number: int
-    pieces: tuple[tuple[str, int, int], ...]
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every byte of the output, before the first tensor is read."""
-
-    shards: tuple[Shard, ...]
-    tasks: tuple[Task, ...]
-
-    @cached_property
-    def home(self) -> dict[str, Shard]:
-        return {name: shard for shard in self.shards for name in shard.offsets}
-
-    @property
-    def tensor_bytes(self) -> int:
-        return sum(task.bytes for task in self.tasks)
-
-    @property
-    def digest(self) -> str:
-        text = repr([(shard.file, shard.header) for shard in self.shards]) + repr(self.tasks)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-def plan_output(checkpoint: Checkpoint, *, shard_bytes: int = 5_000_000_000, chunk: int = CHUNK_ELEMENTS) -> Plan:
-    """Divide the tensors, in the order of their names, into shards of at most `shard_bytes` (a larger tensor has its own)."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name in sorted(checkpoint.names()):
-        if checkpoint.info(name).dtype in PACKED_BITS:
-            raise CheckpointError(
-                f"{checkpoint!r}: tensor '{name}' is {checkpoint.info(name).dtype}, several numbers to a byte; that is not written. "
-                "Dequantise the model first, or take a release that is not quantised."
-            )
-        size = checkpoint.info(name).nbytes
-        if groups[-1] and filled + size > shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    if not groups[0]:
-        raise CheckpointError(f"{checkpoint!r}: holds no tensors, there is nothing to write.")
-    total = len(groups)
-    files = ["model.safetensors"] if total == 1 else [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
-    shards = tuple(_plan_shard(checkpoint, file, names) for file, names in zip(files, groups, strict=True))
-    return Plan(shards, tuple(_plan_tasks(checkpoint, shards, chunk)))
-
-
-def tensor_file(checkpoint: Checkpoint) -> bytes:
-    """The bytes of one safetensors file with all tensors of a small checkpoint: the same layout, so equal tensors give equal bytes."""
-    import torch
-
-    plan = plan_output(checkpoint, shard_bytes=2**62)
-    shard = plan.shards[0]
-    data = bytearray(shard.size)
-    data[: len(shard.header)] = shard.header
-    for name, offset in shard.offsets.items():
-        values = checkpoint.read(name).view(torch.uint8).numpy().tobytes()
-        data[offset : offset + len(values)] = values
-    return bytes(data)
-
-
-def _plan_shard(checkpoint: Checkpoint, file: str, names: Sequence[str]) -> Shard:
-    """Wide elements first, then by name: every tensor is aligned. JSON keys are sorted, the header is padded to 8 bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    relative: dict[str, int] = {}
-    position = 0
-    for name in sorted(names, key=lambda name: (-ITEM_SIZE[checkpoint.info(name).dtype], name)):
-        info = checkpoint.info(name)
-        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [position, position + info.nbytes]}
-        relative[name] = position
-        position += info.nbytes
-    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    prefix = len(text).to_bytes(8, "little") + text
-    return Shard(file, prefix, {name: start + offset for name, offset in relative.items()}, start + position)
-
-
-def _plan_tasks(checkpoint: Checkpoint, shards: Sequence[Shard], chunk: int) -> list[Task]:
-    """Bundles of about equal size; a tensor that only one worker may handle stays whole. The largest come first."""
-    bundles: list[list[tuple[str, int, int]]] = []
-    for shard in shards:
-        bundle: list[tuple[str, int, int]] = []
-        filled = 0
-        for name in shard.offsets:
-            whole = not checkpoint.splittable(name)
-            for start, stop in checkpoint.pieces(name, chunk):
-                bundle.append((name, start, stop))
-                filled += stop - start
-                if filled >= _TASK_ELEMENTS and not whole:
-                    bundles.append(bundle)
-                    bundle, filled = [], 0
-            if filled >= _TASK_ELEMENTS:
-                bundles.append(bundle)
-                bundle, filled = [], 0
-        if bundle:
-            bundles.append(bundle)
-    sized = [(sum((b - a) * ITEM_SIZE[checkpoint.info(n).dtype] for n, a, b in bundle), bundle) for bundle in bundles]
-    sized.sort(key=lambda item: -item[0])
-    return [Task(number, tuple(bundle), size) for number, (size, bundle) in enumerate(sized)]
 
 
 def save(
@@ -206,9 +85,11 @@ def save(
         workers = 1 if plan.tensor_bytes < SMALL_OUTPUT_BYTES else default_workers()
     made = _made_files(checkpoint, plan, recipe, references)
     with staged(directory, key=key, overwrite=overwrite) as folder:
-        resumed = _write_shards(checkpoint, plan, folder, workers, progress)
+        resumed, digests = _write_shards(Filling(checkpoint, plan, folder), workers, progress)
+        made[RECORD_FILE] = record(checkpoint, made[RECIPE_FILE], digests)
         _write_side_files(checkpoint.files, made, folder)
         _remember_complete(directory, folder, key)
+    remember_identity(SafetensorsCheckpoint(directory), digests)
     return SaveReport(directory, len(plan.home), plan.tensor_bytes, len(plan.shards), resumed, False)
 
 
@@ -253,10 +134,11 @@ def _renamed(description: Any, references: Mapping[str, str]) -> Any:
     }
 
 
-def _write_shards(checkpoint: Checkpoint, plan: Plan, folder: Path, workers: int, progress: Callable[[int, int], None] | None) -> int:
-    """Fill the preallocated shards; return the bytes that an earlier process had already written."""
-    journal = _Journal(folder / JOURNAL, plan.digest)
-    afresh = not journal.done or not all(_is_there(folder, shard) for shard in plan.shards)
+def _write_shards(filling: Filling, workers: int, progress: Callable[[int, int], None] | None) -> tuple[int, dict[str, str]]:
+    """Fill the preallocated shards; return the bytes that an earlier process had already written, and every tensor's SHA-256."""
+    checkpoint, plan, folder = filling.checkpoint, filling.plan, filling.folder
+    journal = Journal(folder / JOURNAL, plan.digest)
+    afresh = not (journal.done or journal.digests) or not all(_is_there(folder, shard) for shard in plan.shards)
     if afresh:
         _clear(folder)
     _check_space(folder, plan)
@@ -266,21 +148,59 @@ def _write_shards(checkpoint: Checkpoint, plan: Plan, folder: Path, workers: int
     waiting = [task for task in plan.tasks if task.number not in journal.done]
     resumed = plan.tensor_bytes - sum(task.bytes for task in waiting)
     written = resumed
+    digests = {name: value for name, value in journal.digests.items() if name in plan.home}
+    hashing = _Hashing(checkpoint, plan, waiting, digests)
     if progress:
         progress(written, plan.tensor_bytes)
     if waiting:
         checkpoint.prepare(sorted({name for task in waiting for name, _, _ in task.pieces}))
-    with _Flusher([folder / shard.file for shard in plan.shards], journal) as flusher:
+    with Flusher([folder / shard.file for shard in plan.shards], journal) as flusher:
 
-        def on_done(task: Task, _result: None) -> None:
+        def on_done(task: Task | Digest, result: dict[str, str]) -> Sequence[Digest]:
             nonlocal written
+            digests.update(result)
+            if isinstance(task, Digest):
+                flusher.add(Entry(None, 0, result))
+                return ()
             written += task.bytes
-            flusher.add(task)
+            flusher.add(Entry(task.number, task.bytes, result))
             if progress:
                 progress(written, plan.tensor_bytes)
+            return hashing.after(task)
 
-        run_tasks(_fill, (checkpoint, plan, folder), waiting, workers=workers, on_done=on_done)
-    return resumed
+        run_tasks(fill, filling, [*hashing.ready(), *waiting], workers=workers, on_done=on_done)
+    return resumed, digests
+
+
+class _Hashing:
+    """Which tensors several tasks write, and when the last of these tasks is done."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, waiting: Sequence[Task], known: Mapping[str, str]) -> None:
+        self._left: dict[str, set[int]] = {}
+        for task in plan.tasks:
+            whole = whole_tensors(checkpoint, task)
+            for name in {name for name, _, _ in task.pieces} - whole - set(known):
+                self._left.setdefault(name, set())
+        for task in waiting:
+            for name in {name for name, _, _ in task.pieces} & set(self._left):
+                self._left[name].add(task.number)
+        # a task that was done before its hashes were known cannot be: they stand in one line of the journal
+
+    def ready(self) -> list[Digest]:
+        """What can be hashed now."""
+        return self._take(sorted(name for name, tasks in self._left.items() if not tasks))
+
+    def after(self, task: Task) -> list[Digest]:
+        """What can be hashed once `task` is done as well."""
+        names = {name for name, _, _ in task.pieces} & set(self._left)
+        for name in names:
+            self._left[name].discard(task.number)
+        return self._take(sorted(name for name in names if not self._left[name]))
+
+    def _take(self, names: Sequence[str]) -> list[Digest]:
+        for name in names:
+            del self._left[name]
+        return [Digest(name) for name in names]
 
 
 def _is_there(folder: Path, shard: Shard) -> bool:
@@ -305,112 +225,6 @@ def _lay_out(folder: Path, plan: Plan) -> None:
             stream.truncate(shard.size)
 
 
-def _fill(state: tuple[Checkpoint, Plan, Path], task: Task) -> None:
-    """Compute the pieces of one task and put them at their places. Runs in a worker."""
-    import torch
-
-    checkpoint, plan, folder = state
-    descriptors: dict[str, int] = {}
-    try:
-        for name, start, stop in task.pieces:
-            if stop == start:
-                continue
-            shard = plan.home[name]
-            if shard.file not in descriptors:
-                descriptors[shard.file] = os.open(folder / shard.file, os.O_WRONLY)
-            values = checkpoint.read(name, start, stop)
-            offset = shard.offsets[name] + start * values.element_size()
-            _write_at(descriptors[shard.file], values.view(torch.uint8).numpy().data, offset)
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
-
-
-def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        if hasattr(os, "pwrite"):
-            count = os.pwrite(descriptor, data, offset)
-        else:  # no pwrite here: a descriptor of our own makes seek and write safe
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            count = os.write(descriptor, data)
-        data, offset = data[count:], offset + count
-
-
-class _Journal:
-    """Numbers of the tasks whose bytes are on the disk, under a first line that names the plan."""
-
-    def __init__(self, path: Path, digest: str) -> None:
-        self._path = path
-        self._digest = digest
-        self.done: set[int] = set()
-        lines = path.read_text(encoding="ascii", errors="replace").split("\n") if path.exists() else [""]
-        if lines[0] == digest:
-            self.done = {int(line) for line in lines[1:-1] if line.isdigit()}
-            if lines[-1]:  # torn: the next number would be glued to it
-                self._write()
-
-    def start(self) -> None:
-        self.done = set()
-        self._write()
-
-    def add(self, numbers: Sequence[int]) -> None:
-        with self._path.open("a", encoding="ascii") as stream:
-            stream.write("".join(f"{number}\n" for number in numbers))
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    def _write(self) -> None:
-        self._path.write_text("\n".join([self._digest, *map(str, sorted(self.done)), ""]), encoding="ascii")
-
-
-class _Flusher:
-    """Brings written bytes to the disk beside the arithmetic, and journals a task only after its bytes are there."""
-
-    def __init__(self, paths: Sequence[Path], journal: _Journal) -> None:
-        self._paths = paths
-        self._journal = journal
-        self._waiting: list[Task] = []
-        self._bytes = 0
-        self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
-
-    def __enter__(self) -> _Flusher:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._thread is not None:
-            self._thread.join()
-        died = kind is not None and issubclass(kind, WorkerDiedError)
-        if kind is not None and issubclass(kind, Exception) and not died:
-            return  # the folder is about to be removed
-        if self._waiting and (died or self._bytes >= _JOURNAL_BYTES // 4) and self._error is None:
-            self._flush(self._waiting)
-        if self._error is not None:
-            raise self._error
-
-    def add(self, task: Task) -> None:
-        if self._error is not None:
-            raise self._error
-        self._waiting.append(task)
-        self._bytes += task.bytes
-        if self._bytes >= _JOURNAL_BYTES and (self._thread is None or not self._thread.is_alive()):
-            batch, self._waiting, self._bytes = self._waiting, [], 0
-            self._thread = threading.Thread(target=self._flush, args=(batch,), daemon=True)
-            self._thread.start()
-
-    def _flush(self, batch: Sequence[Task]) -> None:
-        try:
-            for path in self._paths:
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-            self._journal.add([task.number for task in batch])
-        except OSError as error:  # raised where the merge is waiting for it
-            self._error = error
-
-
 def _check_space(folder: Path, plan: Plan) -> None:
     status = os.statvfs(folder)
     free = status.f_bavail * status.f_frsize
@@ -426,7 +240,7 @@ def _check_space(folder: Path, plan: Plan) -> None:
 def _made_files(checkpoint: Checkpoint, plan: Plan, recipe: str, references: Mapping[str, str]) -> dict[str, bytes]:
     """What stands beside the weights and is not copied, made before they are: a broken config should not cost a merge.
 
-    The index is the last, because its name means that all shards are there. The config keeps its order and what nobody knows in it.
+    The config keeps its order and what nobody knows in it.
     """
     made = {RECIPE_FILE: recipe.encode(), "README.md": model_card(checkpoint, recipe, references).encode()}
     if checkpoint.config:
@@ -448,8 +262,8 @@ def _write_side_files(files: Mapping[str, SideFile], made: Mapping[str, bytes], 
             if error.filename == str(source):
                 raise CheckpointError(f"{source}: cannot be read ({error.strerror}). Check its permissions.") from error
             raise
-    for file, data in made.items():
-        (folder / file).write_bytes(data)
+    for file in sorted(made, key=lambda file: file == INDEX):  # the index last: its name means that all else is there
+        (folder / file).write_bytes(made[file])
 
 
 def _completion_record(directory: Path, folder: Path) -> Path:

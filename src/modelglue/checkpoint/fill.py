@@ -1,0 +1,96 @@
+"""What a worker does: compute pieces, put them at their places, and hash the tensors on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelglue.checkpoint.plan import Plan, Task
+from modelglue.checkpoint.protocol import Checkpoint
+
+_STEP = 2**20
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What all tasks of one output share."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Digest:
+    """The task to hash a tensor whose pieces several tasks wrote; its bytes are still in the page cache."""
+
+    name: str
+
+
+def fill(state: Filling, task: Task | Digest) -> dict[str, str]:
+    """Do one task and return the SHA-256 of the tensors that it completed.
+
+    A tensor that this task writes alone is hashed chunk by chunk while the chunk is in the processor's cache.
+    """
+    if isinstance(task, Digest):
+        return {task.name: _digest_of(state, task.name)}
+    return _write_pieces(state, task)
+
+
+def whole_tensors(checkpoint: Checkpoint, task: Task) -> set[str]:
+    """The tensors all of whose elements are in this task."""
+    elements: dict[str, int] = {}
+    for name, start, stop in task.pieces:
+        elements[name] = elements.get(name, 0) + stop - start
+    return {name for name, count in elements.items() if count == checkpoint.info(name).numel}
+
+
+def _write_pieces(state: Filling, task: Task) -> dict[str, str]:
+    import torch
+
+    checkpoint, plan = state.checkpoint, state.plan
+    hashers = {name: hashlib.sha256() for name in whole_tensors(checkpoint, task)}
+    descriptors: dict[str, int] = {}
+    try:
+        for name, start, stop in task.pieces:
+            if stop == start:
+                continue
+            shard = plan.home[name]
+            if shard.file not in descriptors:
+                descriptors[shard.file] = os.open(state.folder / shard.file, os.O_WRONLY)
+            values = checkpoint.read(name, start, stop)
+            data = values.view(torch.uint8).numpy().data
+            _write_at(descriptors[shard.file], data, shard.offsets[name] + start * values.element_size())
+            if name in hashers:
+                hashers[name].update(data)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+    return {name: hasher.hexdigest() for name, hasher in hashers.items()}
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        if hasattr(os, "pwrite"):
+            count = os.pwrite(descriptor, data, offset)
+        else:  # no pwrite here: a descriptor of our own makes seek and write safe
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            count = os.write(descriptor, data)
+        data, offset = data[count:], offset + count
+
+
+def _digest_of(state: Filling, name: str) -> str:
+    shard, left = state.plan.home[name], state.checkpoint.info(name).nbytes
+    hasher = hashlib.sha256()
+    buffer = memoryview(bytearray(min(_STEP, left)))
+    with (state.folder / shard.file).open("rb", buffering=0) as stream:
+        stream.seek(shard.offsets[name])
+        while left:
+            count = stream.readinto(buffer[: min(_STEP, left)])
+            if not count:
+                raise OSError(f"{shard.file} has become shorter while it was written")
+            hasher.update(buffer[:count])
+            left -= count
+    return hasher.hexdigest()
