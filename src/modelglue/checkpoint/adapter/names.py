@@ -1,0 +1,102 @@
+"""How an adapter's names stand in a base that may spell its prefix otherwise; which tensors are embedding and head of a base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from modelglue.checkpoint.protocol import Checkpoint
+from modelglue.errors import CheckpointError
+
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
+_HEADS = ("lm_head", "embed_out", "output")
+_SHOWN = 4
+
+
+def mapped_prefix(modules: Iterable[str], known: set[str], label: str) -> tuple[str, str]:
+    """(old, new): the one change of prefix by which every module of `modules` becomes one of `known`.
+
+    At most two leading names are taken off and at most two put on, as few as possible in all. CheckpointError if none fits, or two.
+    """
+    missing = list(modules)
+    heads = {""} | {".".join(name.split(".")[:count]) + "." for name in known for count in (1, 2)}
+    first = missing[0].split(".")
+    taken = [""] + [".".join(first[:count]) + "." for count in (1, 2) if count < len(first)]
+    fitting = [
+        (old, new)
+        for old in taken
+        if all(module.startswith(old) for module in missing)
+        for new in sorted(heads)
+        if old != new and all(new + module.removeprefix(old) in known for module in missing)
+    ]
+    listed = ", ".join(f"'{module}'" for module in missing[:_SHOWN]) + (
+        f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    )
+    if not fitting:
+        raise CheckpointError(
+            f"{label}: adapts {listed}, which the base does not have, with no other prefix either. Give the base that it was trained on."
+        )
+    cost = {pair: pair[0].count(".") + pair[1].count(".") for pair in fitting}
+    best = [pair for pair in fitting if cost[pair] == min(cost.values())]
+    if len(best) > 1:
+        where = " or ".join(f"'{new}{missing[0].removeprefix(old)}'" for old, new in best)
+        raise CheckpointError(
+            f"{label}: adapts {listed}, which the base does not have; it could be {where}. "
+            "Rename the adapter's tensors, or give the base that it was trained on."
+        )
+    return best[0]
+
+
+def input_embedding(base: Checkpoint) -> str | None:
+    """The embedding of tokens, if the names leave no doubt which tensor it is."""
+    found = [
+        name for name in base.names() if name.endswith(".weight") and _module_name(name) in _EMBEDDINGS and len(base.info(name).shape) == 2
+    ]
+    shared = [name for name in found if _module_name(name) == "shared"]
+    candidates = shared or found
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def output_head(names: Iterable[str]) -> str | None:
+    """The head that turns states into logits, if the names leave no doubt which tensor it is."""
+    found = [name for name in names if name.endswith(".weight") and _module_name(name) in _HEADS and _is_high(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def is_tied(config: Mapping[str, Any], head_on_disk: bool) -> bool:
+    """Whether embedding and head are one tensor: what the config says, else whether the base goes without a head."""
+    said = _field(config, "tie_word_embeddings")
+    return bool(said) if isinstance(said, bool) else not head_on_disk
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model whose head has become a tensor of its own."""
+    nested = {
+        key: {**value, "tie_word_embeddings": False}
+        for key, value in config.items()
+        if isinstance(value, Mapping) and "tie_word_embeddings" in value
+    }
+    return {**config, **nested, "tie_word_embeddings": False}
+
+
+def resized(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
+    """The config of a model with another number of embedding rows."""
+    nested = {
+        key: {**value, "vocab_size": new} for key, value in config.items() if isinstance(value, Mapping) and value.get("vocab_size") == old
+    }
+    own = {"vocab_size": new} if config.get("vocab_size") == old else {}
+    return {**config, **nested, **own}
+
+
+def _field(config: Mapping[str, Any], key: str) -> Any:
+    places: Sequence[Any] = [config, config.get("text_config"), config.get("decoder")]
+    return next((place[key] for place in places if isinstance(place, Mapping) and place.get(key) is not None), None)
+
+
+def _module_name(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def _is_high(name: str) -> bool:
+    """Not inside a layer: a feed-forward part may be called output as well."""
+    return not any(part.isdigit() for part in name.split("."))
