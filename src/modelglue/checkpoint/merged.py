@@ -13,12 +13,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint.engine import Engine, Job
-from modelglue.checkpoint.fit import check_same_tensors, label_of
+from modelglue.checkpoint.fit import Missing, ShapeMismatch, fit, label_of, widest
 from modelglue.checkpoint.merge_function import Constant, MergeFunction, ParameterSource, unit_shape
 from modelglue.checkpoint.protocol import FLOATING, Checkpoint, SideFile, TensorInfo
-from modelglue.checkpoint.tensors import STORE_DTYPES
+from modelglue.checkpoint.tensors import STORE_DTYPES, torch_dtype
 from modelglue.checkpoint.uniform import CounterHash, UniformSource
-from modelglue.errors import MergeError
+from modelglue.errors import CheckpointError, MergeError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -31,14 +31,16 @@ _SHORT = {short: long for long, short in STORE_DTYPES.items()}
 class MergedCheckpoint(Checkpoint):
     """`method` over `models` (and `base`), tensor by tensor, computed when read.
 
-    Names, config and side files are the `donor`'s (default: the base, else the first model); every input must have exactly the
-    donor's tensors in the donor's shapes. Arithmetic is float32 (float64 for float64 inputs) with one rounding at the end, to `store` (a
-    safetensors dtype name; default: the donor's dtype of that tensor). It runs in one thread, because sums and decompositions
-    depend on how many share the work; `save` uses several processes. Tensors that are not floating point must be equal in
-    all models and are copied.
+    Shapes, config and side files are the `donor`'s (default: the base, else the first model). Every input must have the same tensors in
+    the same shapes, unless `missing` and `shape_mismatch` say what to do with the others (see `fit`; `warnings` then names them).
+    Arithmetic is float32 (float64 for float64 inputs) with one rounding at the end, to `store` (a dtype name, or "widest" for the one
+    to which the inputs' dtypes promote; default: the donor's dtype of that tensor). It runs in one thread, because sums and
+    decompositions depend on how many share the work; `save` uses several processes. Tensors that are not floating point must be equal
+    in all models and are copied.
 
     `streams` numbers the models for the uniform numbers (default: their positions), so that dropping a member shifts nobody;
-    `uniform_source` replaces the counter hash of the seed.
+    `uniform_source` replaces the counter hash of the seed. `description` is the recipe that `describe` answers with, where it says more
+    than method, inputs and values.
     """
 
     def __init__(
@@ -54,6 +56,10 @@ class MergedCheckpoint(Checkpoint):
         donor: Checkpoint | None = None,
         streams: Sequence[int] | None = None,
         uniform_source: UniformSource | None = None,
+        least: int = 1,
+        missing: Missing = "error",
+        shape_mismatch: ShapeMismatch = "error",
+        description: Mapping[str, Any] | None = None,
     ) -> None:
         if not models:
             raise MergeError(f"{method.id}: no models to merge. Give at least one.")
@@ -69,11 +75,16 @@ class MergedCheckpoint(Checkpoint):
         self._uniforms = uniform_source or CounterHash(seed)
         self._donor = donor or base or models[0]
         self._streams = list(streams if streams is not None else range(len(models)))
-        self._names = tuple(sorted(self._donor.names()))
-        check_same_tensors(self._donor, self._inputs(), self._method.id)
+        self._policies = [missing, shape_mismatch]
+        self._description = description
+        self._fit = fit(
+            method.id, self._donor, self._models, base, self._labels,
+            least=least, missing=missing, shape_mismatch=shape_mismatch,
+        )  # fmt: skip
+        self._names = tuple(self._fit.infos)
         self._job = Job(
             method, self._models, base, self._labels, label_of(base) if base is not None else "", self._parameters, self._uniforms,
-            self._streams, {name: self._output(name) for name in self._names}, self._merged_names(), {},
+            self._streams, {name: self._output(name) for name in self._names}, self._merged_names(), self._fit.members,
         )  # fmt: skip
         self._engine = Engine(self._job)
 
@@ -92,11 +103,21 @@ class MergedCheckpoint(Checkpoint):
         try:
             return self._job.outputs[name]
         except KeyError:
-            return self._donor.info(name)  # which says what is wrong with the name
+            raise CheckpointError(f"{self!r}: has no tensor '{name}'.{did_you_mean(name, self._names)}") from None
 
     def _output(self, name: str) -> TensorInfo:
-        info = (self._models[0] if self._copies(name) else self._donor).info(name)
-        return TensorInfo(info.shape, self._store) if self._store and info.dtype in FLOATING else info
+        info = self._models[0].info(name) if self._copies(name) else self._fit.infos[name]
+        if info.dtype not in FLOATING or not self._store:
+            return info
+        if self._store != "widest":
+            return TensorInfo(info.shape, self._store)
+        return TensorInfo(info.shape, widest([checkpoint.info(name).dtype for checkpoint in self._holders(name)]))
+
+    def _holders(self, name: str) -> list[Checkpoint]:
+        """The inputs of one tensor."""
+        members = self._fit.members.get(name, range(len(self._models)))
+        in_base = self._base is not None and not (members and name in self._fit.copied)
+        return [*(self._models[i] for i in members), *([self._base] if self._base is not None and in_base else [])]
 
     def _copies(self, name: str) -> bool:
         """Whether the method takes the first model's tensor as it is, NaN and all."""
@@ -106,7 +127,7 @@ class MergedCheckpoint(Checkpoint):
     def config(self) -> Mapping[str, Any]:
         """The donor's config with the dtype field patched; nothing else is touched."""
         config = dict(self._donor.config)
-        if self._store and config:
+        if self._store in _SHORT and config:
             config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = _SHORT[self._store]
         return config
 
@@ -125,11 +146,18 @@ class MergedCheckpoint(Checkpoint):
     def _digest(self, of: Callable[[Checkpoint], str]) -> str:
         value = [
             ENGINE_VERSION, self._method.id, [of(model) for model in self._models], of(self._base) if self._base else None, of(self._donor),
-            self._parameters.describe(), self._store, self._uniforms.describe(), self._streams,
+            self._parameters.describe(), self._store, self._uniforms.describe(), self._streams, self._policies,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def warnings(self) -> Sequence[str]:
+        """Tensors that are merged from some of the inputs only, copied or left out."""
+        return self._fit.warnings
+
     def describe(self) -> dict[str, Any]:
+        if self._description is not None:
+            return dict(self._description)
         values = self._parameters.describe()
         per_model = {key: value for key, value in values.items() if isinstance(value, list)}
         models = [
@@ -147,7 +175,7 @@ class MergedCheckpoint(Checkpoint):
             description["parameters"] = parameters
         description["seed"] = self._seed
         if self._store:
-            description["dtype"] = {"compute": "float32", "store": _SHORT[self._store]}
+            description["dtype"] = {"compute": "float32", "store": _SHORT.get(self._store, self._store)}
         return description
 
     # -- reading --------------------------------------------------------------------------------------------------------
@@ -178,7 +206,18 @@ class MergedCheckpoint(Checkpoint):
     def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """Compute elements start..stop. A range that does not respect the method's unit costs the rows or the matrix around it."""
         values = self._engine.read(name, start, self.info(name).numel if stop is None else stop)
+        if name in self._fit.copied:
+            values = self._stored(name, values)
         return values if out is None else out.copy_(values)
+
+    def _stored(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """A copied tensor in the dtype of the output."""
+        import torch
+
+        stored = values.to(torch_dtype(self.info(name).dtype))
+        if stored.dtype.is_floating_point and stored.dtype != values.dtype and not bool(torch.isfinite(stored).all()):
+            raise MergeError(f"{self._method.id}: tensor '{name}' does not fit {_SHORT[self.info(name).dtype]}. Store a wider dtype.")
+        return stored
 
     def _inputs(self) -> list[Checkpoint]:
         return [*self._models, *([self._base] if self._base is not None else [])]
@@ -188,14 +227,15 @@ class MergedCheckpoint(Checkpoint):
         refused by name unless the method copies.
         """
         copied = {name for name in self._names if self._copies(name) and self._output(name) == self._models[0].info(name)}
+        copied |= self._fit.copied
         for name in self._names:
-            dtype = self._donor.info(name).dtype
+            dtype = self._fit.infos[name].dtype
             if dtype.startswith("F8") and name not in copied:
                 raise MergeError(
                     f"{self._method.id}: tensor '{name}' of {label_of(self._donor)} is {dtype}; 8-bit floats are not merged elementwise. "
                     "Dequantise the models first."
                 )
-        return frozenset(name for name in self._names if self._donor.info(name).dtype in FLOATING and name not in copied)
+        return frozenset(name for name in self._names if self._fit.infos[name].dtype in FLOATING and name not in copied)
 
 
 def _reference(checkpoint: Checkpoint) -> dict[str, Any]:
