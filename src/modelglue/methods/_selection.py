@@ -18,6 +18,8 @@ from modelglue.methods.registry import Round
 if TYPE_CHECKING:
     from torch import Tensor
 
+Ties = Literal["first", "all"]
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -53,16 +55,16 @@ def _dropped(cut: Cut, position: int) -> float:
     return value_of(bits) if bits >= 0 else KEEP_ALL
 
 
-def keep_largest(delta: Tensor, cut: Cut | None, start: int) -> Tensor:
-    """`delta` (1-D, beginning at flat position `start`) with everything below the cut set to zero."""
+def keep_largest(values: Tensor, cut: Cut | None, start: int) -> Tensor:
+    """`values` (1-D, beginning at flat position `start`) with everything whose magnitude is below the cut set to zero."""
     import torch
 
     if cut is None:
-        return delta
-    magnitude = delta.to(torch.float32).abs()
+        return values
+    magnitude = values.to(torch.float32).abs()
     cuts = Cuts((cut,))
-    stretches = cuts.stretches(start, delta.numel())
-    return torch.cat([torch.where(magnitude[a:b] > cuts.thresholds(start + a)[0], delta[a:b], 0.0) for a, b in stretches])
+    stretches = cuts.stretches(start, values.numel())
+    return torch.cat([torch.where(magnitude[a:b] > cuts.thresholds(start + a)[0], values[a:b], 0.0) for a, b in stretches])
 
 
 def kept(density: float, numel: int) -> int:
@@ -70,8 +72,11 @@ def kept(density: float, numel: int) -> int:
     return max(1, min(numel, math.floor(density * numel)))
 
 
-def cut_rounds(selection: Selection, scope: Literal["tensor", "model"] = "tensor") -> tuple[Round, ...]:
-    """The four rounds that end with the `Cuts` that leave every lane its k largest. Inputs are read about once."""
+def cut_rounds(selection: Selection, scope: Literal["tensor", "model"] = "tensor", ties: Ties = "first") -> tuple[Round, ...]:
+    """The four rounds that end with the `Cuts` that leave every lane its k largest. Inputs are read about once.
+
+    Of the entries that tie at the k-th place the "first" ones stay, those with the lowest index, until there are k; or "all" do.
+    """
 
     def gather_ties(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> dict[int, int]:
         """For the lanes whose last tie stands in this chunk: the position right after it."""
@@ -85,7 +90,8 @@ def cut_rounds(selection: Selection, scope: Literal["tensor", "model"] = "tensor
                 ends[lane] = start + int(equal[threshold.ties - 1]) + 1
         return ends
 
-    return (*selection.rounds(scope), Round(gather_ties, _cuts, scope, _tie_ranges))
+    last = Round(gather_ties, _cuts, scope, _tie_ranges) if ties == "first" else Round(gather_ties, _whole_cuts, scope, _nowhere)
+    return (*selection.rounds(scope), last)
 
 
 def _tie_ranges(known: Sequence[Any], numel: int, parameters: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -97,14 +103,9 @@ def _cuts(partials: Sequence[Any], known: Sequence[Any], numel: int, parameters:
     return Cuts(tuple(None if one is None else Cut(one.bits, ends[lane]) for lane, one in enumerate(known[-1].found)))
 
 
-def magnitude_rounds(scope: Literal["tensor", "model"]) -> tuple[Round, ...]:
-    """The rounds that end with a `Cuts`, for methods with a per-model `density`: the largest magnitudes of every task vector stay."""
-    return cut_rounds(Selection(_magnitudes, _kept_of_each), scope)
+def _nowhere(known: Sequence[Any], numel: int, parameters: Mapping[str, Any]) -> list[tuple[int, int]]:
+    return []
 
 
-def _magnitudes(models: Any, base: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> list[Tensor | None]:
-    return [None if density >= 1 else (model - base).abs_() for model, density in zip(models, parameters["density"], strict=True)]
-
-
-def _kept_of_each(known: Any, numel: int, parameters: Mapping[str, Any]) -> list[int | None]:
-    return [None if density >= 1 else kept(density, numel) for density in parameters["density"]]
+def _whole_cuts(partials: Sequence[Any], known: Sequence[Any], numel: int, parameters: Mapping[str, Any]) -> Cuts:
+    return Cuts(tuple(None if one is None else Cut(one.bits, numel) for one in known[-1].found))

@@ -18,6 +18,14 @@ def block_sums(values: Tensor) -> list[float]:
     return [float(block.sum(dtype=torch.float64)) for block in _blocks(values)]
 
 
+def row_sums(values: Tensor) -> list[float]:
+    """One float64 sum per row (or channel) of a chunk of whole ones."""
+    import torch
+
+    sums: list[float] = values.flatten(1).sum(dim=1, dtype=torch.float64).tolist()
+    return sums
+
+
 def block_dots(vectors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> list[list[float]]:
     """Inner products of the named pairs of 1-D chunks: per pair one float64 number per block, with float64 products."""
     blocks = [_blocks(vector.double()) for vector in vectors]

@@ -14,7 +14,8 @@ from modelglue.checkpoint.compiled import chunk_function
 if TYPE_CHECKING:
     from torch import Tensor
 
-ZeroSign = Literal["plus", "majority"]
+#: how pruned task vectors are put together: all of them, or those that agree with the elected sign: their sum or the largest of them
+Election = Literal["none", "sum", "largest"]
 #: a trim threshold below every magnitude: nothing is dropped
 KEEP_ALL = -1.0
 
@@ -44,41 +45,42 @@ def add_scaled(base: Tensor, models: Sequence[Tensor], scales: Sequence[float]) 
 
 
 @chunk_function
-def add_trimmed_elected(
+def add_cut(
     base: Tensor,
     models: Sequence[Tensor],
-    thresholds: Sequence[float],
+    above: Sequence[float],
+    upto: Sequence[float] | None,
     scales: Sequence[float],
     weight: Sequence[float],
+    election: Election,
     normalize: bool,
     lambda_: float,
     majority: float,
 ) -> Tensor:
-    """`_add_elected` of the task vectors without their entries of magnitude up to the threshold."""
-    kept = [_above(model - base, threshold) for model, threshold in zip(models, thresholds, strict=True)]
-    return _add_elected(base, kept, scales, weight, normalize, lambda_, majority)
+    """`_add` of the entries of each task vector whose magnitude is above one threshold and not above the other. Tensors [length]."""
+    pruned = [_above(model - base, threshold) for model, threshold in zip(models, above, strict=True)]
+    if upto is not None:
+        largest = [_above(model - base, threshold) for model, threshold in zip(models, upto, strict=True)]
+        pruned = [delta.sub_(cut) for delta, cut in zip(pruned, largest, strict=True)]
+    return _add(base, pruned, scales, weight, election, normalize, lambda_, majority)
 
 
 @chunk_function
-def add_dropped_elected(
+def add_kept(
     base: Tensor,
     models: Sequence[Tensor],
-    uniform: Sequence[Tensor],
-    density: Sequence[float],
+    kept: Sequence[Tensor | None],
     scales: Sequence[float],
     weight: Sequence[float],
+    election: Election,
     normalize: bool,
     lambda_: float,
+    majority: float,
 ) -> Tensor:
-    """`_add_elected` of the task vectors without the entries whose uniform number is not below the density."""
-    kept = [dropped(model - base, u, d) for model, u, d in zip(models, uniform, density, strict=True)]
-    return _add_elected(base, kept, scales, weight, normalize, lambda_, 1.0)
-
-
-def dropped(delta: Tensor, uniform: Tensor, density: Any) -> Tensor:
-    """`delta` where uniform < density, else 0; it is changed in place. A density of 1 keeps everything."""
-    keep = (density - uniform).relu_().sign_()  # a difference of floats is positive exactly when it should be
-    return delta.mul_(keep)
+    """`_add` of the task vectors times `kept`: 0 or 1 (uint8), a factor, or None where everything stays. Tensors [length]."""
+    deltas = [model - base for model in models]
+    pruned = [delta if keep is None else delta.mul_(keep) for delta, keep in zip(deltas, kept, strict=True)]
+    return _add(base, pruned, scales, weight, election, normalize, lambda_, majority)
 
 
 def _above(delta: Tensor, threshold: Any) -> Tensor:
@@ -90,34 +92,58 @@ def _above(delta: Tensor, threshold: Any) -> Tensor:
     return torch.where(delta.to(torch.float32).abs() > threshold, delta, 0.0)
 
 
-def _add_elected(
+def _add(
     base: Tensor,
     deltas: Sequence[Tensor],
     scales: Sequence[float],
     weight: Sequence[float],
+    election: Election,
     normalize: bool,
     lambda_: float,
     majority: float,
 ) -> Tensor:
-    """B + lambda * M, where M sums the scaled deltas whose sign agrees with the elected one, position by position.
+    """B + lambda * M of pruned task vectors D_i, with V_i = s_i D_i.
 
-    V_i = s_i D_i; the sign of sum_i V_i is elected, a zero sum counts as `majority` (+1 or -1); a zero entry never agrees. With
-    `normalize` M is divided by the weights of those that agree (1 where they sum to 0). TIES, arXiv 2306.01708, steps 2 and 3.
+    Election "none": M = sum_i V_i (the scales hold all factors, lambda too). Otherwise the sign of sum_i V_i is elected, position by
+    position; a zero sum counts as `majority` (+1 or -1), and a zero entry never agrees. M is the sum of the V_i that agree, or the
+    largest of them; with `normalize` it is divided by the weights of those that it is made of (1 where they sum to 0). TIES, arXiv
+    2306.01708, steps 2 and 3.
     """
     scaled = [delta * scale for delta, scale in zip(deltas, scales, strict=True)]
     vote = scaled[0].clone()
     for values in scaled[1:]:
         vote += values
+    if election == "none":
+        return vote.add_(base)
     sign = vote.sign_().mul_(2.0).add_(majority).sign_()  # +1 or -1
-    merged = shares = None
-    for values, share in zip(scaled, weight, strict=True):
-        agreeing = values.mul_(sign).relu_()  # what agrees, as a magnitude
-        merged = agreeing.clone() if merged is None else merged.add_(agreeing)
-        if normalize:
-            part = agreeing.sign_().mul_(share)
-            shares = part if shares is None else shares.add_(part)
-    assert merged is not None
-    if shares is not None:
+    agreeing = [values.mul_(sign).relu_() for values in scaled]  # as magnitudes, 0 where they do not agree
+    merged, shares = _summed(agreeing, weight, normalize) if election == "sum" else _largest(agreeing, weight)
+    if normalize:
         nobody = shares.abs().sign_().neg_().add_(1.0)  # 1 where the shares sum to 0
-        merged /= shares + nobody
+        merged = merged / shares.add_(nobody)
     return merged.mul_(sign).mul_(lambda_).add_(base)
+
+
+def _summed(agreeing: Sequence[Tensor], weight: Sequence[float], normalize: bool) -> tuple[Tensor, Tensor]:
+    """The sum of what agrees, and of its weights (if they are asked for)."""
+    merged = agreeing[0].clone()
+    for values in agreeing[1:]:
+        merged += values
+    shares = merged
+    if normalize:
+        shares = agreeing[0].sign_().mul_(weight[0])
+        for values, share in zip(agreeing[1:], weight[1:], strict=True):
+            shares += values.sign_().mul_(share)
+    return merged, shares
+
+
+def _largest(agreeing: Sequence[Tensor], weight: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The largest of what agrees (the first of equal ones), and its weight."""
+    import torch
+
+    merged, shares = agreeing[0], agreeing[0].sign().mul_(weight[0])
+    for values, share in zip(agreeing[1:], weight[1:], strict=True):
+        larger = values > merged
+        merged = torch.where(larger, values, merged)
+        shares = torch.where(larger, values.sign().mul_(share), shares)
+    return merged, shares

@@ -62,11 +62,22 @@ def _changes(method: Method) -> Iterator[dict[str, Any]]:
 
 
 def _resolve(method: Method, models: int, change: Mapping[str, Any], *, uneven: bool) -> dict[str, Any] | None:
-    """Values for all parameters; None where the method's own check refuses the combination."""
+    """Values for all parameters; None where the method's own check refuses them, also with any one per-model parameter at its default."""
+    optional = [parameter.name for parameter in method.parameters if parameter.per_model and not parameter.required]
+    for plain in [None, *(optional if uneven else [])]:
+        shared, each = _given(method, models, uneven, plain)
+        values, faults = method.resolve({**shared, **change}, each, [f"model{number}" for number in range(models)])
+        if not faults:
+            return values
+    return None
+
+
+def _given(method: Method, models: int, uneven: bool, plain: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a recipe says: the parameters for all models and those of each; the one called `plain` is left to its default."""
     shared: dict[str, Any] = {}
     each: list[dict[str, Any]] = [{} for _ in range(models)]
     for parameter in method.parameters:
-        if parameter.type is bool or parameter.choices:
+        if parameter.type is bool or parameter.choices or parameter.name == plain:
             continue
         if parameter.per_model and (uneven or parameter.required):
             for number in range(models):
@@ -74,8 +85,7 @@ def _resolve(method: Method, models: int, change: Mapping[str, Any], *, uneven: 
                 each[number][parameter.name] = _legal(parameter.range, wanted)
         elif parameter.required:
             shared[parameter.name] = _legal(parameter.range, 0.4 if uneven else 1.0)
-    values, faults = method.resolve({**shared, **change}, each, [f"model{number}" for number in range(models)])
-    return None if faults else values
+    return shared, each
 
 
 def _legal(range_: Any, wanted: float) -> float:
