@@ -64,7 +64,7 @@ def _changes(method: Method) -> Iterator[dict[str, Any]]:
 def _resolve(method: Method, models: int, change: Mapping[str, Any], *, uneven: bool) -> dict[str, Any] | None:
     """Values for all parameters; None where the method's own check refuses them, also with any one per-model parameter at its default."""
     optional = [parameter.name for parameter in method.parameters if parameter.per_model and not parameter.required]
-    for plain in [None, *(optional if uneven else [])]:
+    for plain in [None, *(reversed(optional) if uneven else [])]:
         shared, each = _given(method, models, uneven, plain)
         values, faults = method.resolve({**shared, **change}, each, [f"model{number}" for number in range(models)])
         if not faults:
