@@ -21,3 +21,40 @@ The output: `dressed(merged, config=alignment.config, files=alignment.files, des
 `vocabulary(checkpoint) -> Vocabulary | None` reads the tokenizer: token -> id below the config's vocab_size, with the settings
 of added tokens. No transformers, no torch.
 """
+
+from modelglue.checkpoint.vocabulary.align import Alignment, AlignmentReport, ModelReport, align, check_vocabularies, truncate
+from modelglue.checkpoint.vocabulary.chat import TEMPLATES, ChatTemplate, chat_template
+from modelglue.checkpoint.vocabulary.dressed import DressedCheckpoint, dressed
+from modelglue.checkpoint.vocabulary.heads import TiedHeads, tied_heads
+from modelglue.checkpoint.vocabulary.request import FromModel, FromToken, TokenPolicy, VocabularyRequest, Zero
+from modelglue.checkpoint.vocabulary.tables import Tables, tables_of
+from modelglue.checkpoint.vocabulary.tokens import Vocabulary, vocabulary
+from modelglue.checkpoint.vocabulary.union import RowCounts
+from modelglue.checkpoint.vocabulary.view import RevocabularyCheckpoint
+
+__all__ = [
+    "TEMPLATES",
+    "Alignment",
+    "AlignmentReport",
+    "ChatTemplate",
+    "DressedCheckpoint",
+    "FromModel",
+    "FromToken",
+    "ModelReport",
+    "RevocabularyCheckpoint",
+    "RowCounts",
+    "Tables",
+    "TiedHeads",
+    "TokenPolicy",
+    "Vocabulary",
+    "VocabularyRequest",
+    "Zero",
+    "align",
+    "chat_template",
+    "check_vocabularies",
+    "dressed",
+    "tables_of",
+    "tied_heads",
+    "truncate",
+    "vocabulary",
+]
