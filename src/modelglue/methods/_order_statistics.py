@@ -143,7 +143,7 @@ def bits_of(scores: Tensor) -> Bits:
     """Non-negative numbers, rounded to float32, as int32 that order like them."""
     import torch
 
-    bits: Bits = scores.to(torch.float32).view(torch.int32).numpy()
+    bits: Bits = scores.to(torch.float32).view(torch.int32).cpu().numpy()
     return bits
 
 

@@ -113,6 +113,8 @@ class Method:
     min_models: int
     max_models: int | None
     symmetric: bool
+    #: even one model at full weight is taken in part only
+    selective: bool
     summary: str
     doc: str
     source: str
@@ -220,6 +222,7 @@ def method(
     returns: Literal["tensor", "bank", "state"] = "tensor",
     models: tuple[int, int | None] = (1, None),
     symmetric: bool = True,
+    selective: bool = False,
     source: str,
     check: Check | None = None,
     copies: Callable[[Mapping[str, Any]], bool] | None = None,
@@ -230,9 +233,10 @@ def method(
 
     unit: what one call must hold (may depend on the parameters; then `units` lists the possible ones). survey: the rounds
     that reduce over chunks first. models: least and largest number of models besides the base. symmetric: permuting models
-    together with their parameters changes nothing. check: what single ranges cannot say about resolved parameters. copies: for
-    which parameters the one model's tensor is taken as it is. mergekit: values that its recipes mean where they say nothing, and
-    where ours differ. without_effect: further names that its recipes may give and that change nothing.
+    together with their parameters changes nothing. selective: even one model at full weight is taken in part only. check: what
+    single ranges cannot say about resolved parameters. copies: for which parameters the one model's tensor is taken as it is. mergekit:
+    values that its recipes mean where they say nothing, and where ours differ. without_effect: further names that its recipes may give
+    and that change nothing.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -255,7 +259,8 @@ def method(
         _registry[function.__name__] = Method(
             id=function.__name__, function=function, units=units or ((unit,) if isinstance(unit, str) else ("element",)),
             parameters=parameters, inputs=inputs, returns=returns, min_models=models[0], max_models=models[1], symmetric=symmetric,
-            summary=doc.split("\n", 1)[0], doc=doc, source=source, needs_base="base" in inputs and not _optional(hints["base"])[1],
+            selective=selective, summary=doc.split("\n", 1)[0], doc=doc, source=source,
+            needs_base="base" in inputs and not _optional(hints["base"])[1],
             mergekit=dict(mergekit or {}), without_effect=(*_NEVER_AN_EFFECT, *without_effect), _unit=unit, _rounds=survey,
             _check=check, _copies=copies,
         )  # fmt: skip

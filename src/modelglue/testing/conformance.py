@@ -7,15 +7,17 @@ Every check takes a `Method` and raises AssertionError with the parameters at fa
         check(modelglue.method("my_method"))
 
 All checks go through the engine, as a merge does. They try the method's defaults and, one at a time, every switch and every
-choice of its signature, so a new parameter is covered without a word here. One method takes about a second on one core.
+choice of its signature, so a new parameter is covered without a word here; a method that may take a base is tried with and without.
+One method takes about a second on one core.
 """
 
 from __future__ import annotations
 
+import functools
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +58,8 @@ def _changes(method: Method) -> Iterator[dict[str, Any]]:
     for parameter in method.parameters:
         if parameter.type is bool:
             yield {parameter.name: not parameter.default}
+        elif parameter.optional:
+            yield {parameter.name: _legal(parameter.range, 0.4)}
         for choice in parameter.choices:
             if choice != parameter.default:
                 yield {parameter.name: choice}
@@ -77,7 +81,7 @@ def _given(method: Method, models: int, uneven: bool, plain: str | None) -> tupl
     shared: dict[str, Any] = {}
     each: list[dict[str, Any]] = [{} for _ in range(models)]
     for parameter in method.parameters:
-        if parameter.type is bool or parameter.choices or parameter.name == plain:
+        if parameter.type is bool or parameter.choices or parameter.optional or parameter.name == plain:
             continue
         if parameter.per_model and (uneven or parameter.required):
             for number in range(models):
@@ -124,7 +128,7 @@ class _Constant:
 
 
 def merged(method: Method, base: Tensors, models: Sequence[Tensors], parameters: Mapping[str, Any], **options: Any) -> MergedCheckpoint:
-    """The merge of tensors in memory, with the base only where the method takes one."""
+    """The merge of tensors in memory, with the base only where the method needs one."""
     checkpoints = [TensorsCheckpoint(model, label=f"model{number}") for number, model in enumerate(models)]
     return MergedCheckpoint(
         method, checkpoints, TensorsCheckpoint(base, label="base") if method.needs_base else None, parameters, **options
@@ -218,8 +222,8 @@ def check_wide_inputs(method: Method) -> None:
 
 
 def check_single_model(method: Method) -> None:
-    """One model at full weight, nothing left out, is returned; where one model is allowed."""
-    if method.min_models > 1:
+    """One model at full weight, nothing left out, is returned; where one model is allowed, and taken whole."""
+    if method.min_models > 1 or method.selective:
         return
     base, models = example_models(1)
     parameters = _resolve(method, 1, {}, uneven=False)
@@ -344,22 +348,38 @@ def check_refusals(method: Method) -> None:
     import torch
 
     count = _counts(method)[-1]
-    parameters = next(iter(parameter_sets(method, count)))
+    parameters = next(values for values in parameter_sets(method, count) if not method.copies(values))
     base, models = example_models(count)
     for value in (float("nan"), float("inf"), -float("inf")):
         bad = {name: tensor.clone() for name, tensor in models[-1].items()}
         bad["layers.0.vector"][7] = value
         _refused(method, base, [*models[:-1], bad], parameters, ("layers.0.vector", f"model{count - 1}"))
     reshaped = {**models[-1], "layers.0.vector": torch.zeros(54)}
-    _refused(method, base, [*models[:-1], reshaped], parameters, ("layers.0.vector", f"model{count - 1}", "54", "53"))
     missing = {name: tensor for name, tensor in models[-1].items() if name != "scale"}
     if method.needs_base or count > 1:
+        _refused(method, base, [*models[:-1], reshaped], parameters, ("layers.0.vector", f"model{count - 1}", "54", "53"))
         _refused(method, base, [*models[:-1], missing], parameters, ("scale", f"model{count - 1}"))
     _, faults = method.resolve({"no_such_parameter": 1}, [{} for _ in range(count)], [f"model{i}" for i in range(count)])
     assert any("no_such_parameter" in fault for fault in faults), f"{method.id}: an unknown parameter is accepted"
     if method.min_models > 1:
         _, faults = method.resolve({}, [{}], ["model0"])
         assert any("at least" in fault or "exactly" in fault for fault in faults), f"{method.id}: too few models are accepted"
+
+
+def check_copies(method: Method) -> None:
+    """What is declared to be copied is copied byte by byte, whatever its dtype and values."""
+    import torch
+
+    kinds = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
+    numbers = torch.tensor([1.5, float("nan"), -0.0, 448.0, 0.0, 1e-3])
+    tensors = {str(kind): numbers.to(kind) for kind in kinds}
+    tensors |= {"int": torch.arange(-3, 4), "bool": torch.tensor([True, False]), "infinity": torch.tensor([float("inf"), 1.0])}
+    for parameters in parameter_sets(method, 1):
+        if method.copies(parameters):
+            found = _tensors(merged(method, tensors, [tensors], parameters))
+            for name, value in tensors.items():
+                assert found[name].dtype == value.dtype, f"{method.id}: '{name}' comes out as {found[name].dtype}"
+                assert torch.equal(found[name].view(torch.uint8), value.view(torch.uint8)), f"{method.id}: '{name}' is not copied"
 
 
 def _refused(method: Method, base: Tensors, models: Sequence[Tensors], parameters: Mapping[str, Any], words: Sequence[str]) -> None:
@@ -373,9 +393,19 @@ def _refused(method: Method, base: Tensors, models: Sequence[Tensors], parameter
     raise AssertionError(f"{method.id}: accepts what it must refuse ({', '.join(words)})")
 
 
-#: every check, in the order in which a failure is most telling
-CHECKS: tuple[Callable[[Method], None], ...] = (
-    check_declaration,
+def _with_and_without_base(check: Callable[[Method], None]) -> Callable[[Method], None]:
+    """The check, and once more with a base for a method that takes one and does not need it."""
+
+    @functools.wraps(check)
+    def both(method: Method) -> None:
+        check(method)
+        if method.takes_base and not method.needs_base:
+            check(replace(method, needs_base=True))
+
+    return both
+
+
+_ON_MERGES: tuple[Callable[[Method], None], ...] = (
     check_shape_and_dtype,
     check_single_model,
     check_fixed_point,
@@ -387,5 +417,8 @@ CHECKS: tuple[Callable[[Method], None], ...] = (
     check_wide_inputs,
     check_workers,
     check_randomness,
+    check_copies,
     check_refusals,
 )
+#: every check, in the order in which a failure is most telling
+CHECKS: tuple[Callable[[Method], None], ...] = (check_declaration, *map(_with_and_without_base, _ON_MERGES))
