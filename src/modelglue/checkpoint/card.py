@@ -1,44 +1,51 @@
-"""The README.md of an output: front matter that the hub understands, parents, recipe, and how to load it."""
+"""The README.md of an output: front matter that the hub understands, parents with their licences, recipe, and how to load it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
+from modelglue.checkpoint.licence import Parent, common_licence, licence_warnings, parents
 from modelglue.checkpoint.protocol import Checkpoint
+
+#: ending of the class's name -> (what the hub calls the task, transformers' class that loads it)
+_TASKS = (
+    (r"ForCausalLM|LMHeadModel", "text-generation", "AutoModelForCausalLM"),
+    (r"(?:T5|UMT5|MT5|Bart|MBart|Pegasus|Marian|LED|Prophet\w*)ForConditionalGeneration|ForSeq2SeqLM", None, "AutoModelForSeq2SeqLM"),
+    (r"(?:Whisper|SpeechT5|Speech2Text)\w*ForConditionalGeneration", "automatic-speech-recognition", "AutoModelForSpeechSeq2Seq"),
+    (r"ForConditionalGeneration|ForVision2Seq|ForImageTextToText", "image-text-to-text", "AutoModelForImageTextToText"),
+    (r"ForSequenceClassification", "text-classification", "AutoModelForSequenceClassification"),
+    (r"ForTokenClassification", "token-classification", "AutoModelForTokenClassification"),
+    (r"ForQuestionAnswering", "question-answering", "AutoModelForQuestionAnswering"),
+    (r"ForMaskedLM", "fill-mask", "AutoModelForMaskedLM"),
+    (r"ForImageClassification", "image-classification", "AutoModelForImageClassification"),
+)
 
 
 def model_card(checkpoint: Checkpoint, recipe: str, references: Mapping[str, str]) -> str:
     """The card's text; a function of recipe and models, so equal recipes give equal cards, whatever the folder is called.
 
-    `references`: how the recipe in the folder calls a model, where that is not what the checkpoint calls it.
+    `references`: how the recipe in the folder calls a model, where that is not what the checkpoint calls it. Never needs the network.
     """
-    description = checkpoint.describe()
-    sources = checkpoint.sources()
-    named = [str(source.describe().get("model")) for source in sources]
-    models = list(dict.fromkeys(references.get(name, name) for name in named))
-    hub = list(dict.fromkeys(source.hub_id for source in sources if source.hub_id is not None))
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "modelglue"]}
-    if hub:
-        front = {"base_model": hub, "base_model_relation": "merge", **front}
-    method = description.get("method", "copy")
-    rows = "\n".join(f"| `{model}` |" for model in models)
+    found = parents(checkpoint, references)
+    front = yaml.safe_dump(_front_matter(checkpoint, found), sort_keys=False, allow_unicode=True).strip()
     return f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
+{front}
 ---
 
 # Merged model
 
-Made with modelglue by the method `{method}` from:
+Made with modelglue by the method `{checkpoint.describe().get("method", "copy")}` from:
 
-| model |
-|---|
-{rows}
+{_table(found)}
+
+{_licences(found)}
 
 The recipe. Paths in it are seen from this folder; `modelglue merge modelglue_recipe.yaml ../again`, called here, gives these
-same bytes again:
+same bytes again, and `modelglue verify .` says whether these are still the bytes that were written:
 
 ```yaml
 {recipe.strip()}
@@ -47,9 +54,67 @@ same bytes again:
 To load it:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+{_loading(checkpoint)}
 ```
 """
+
+
+def _front_matter(checkpoint: Checkpoint, found: Sequence[Parent]) -> dict[str, Any]:
+    """The hub's fields; a licence only where every parent has it."""
+    front: dict[str, Any] = {}
+    if hub := list(dict.fromkeys(parent.hub_id for parent in found if parent.hub_id is not None)):
+        front = {"base_model": hub, "base_model_relation": "merge"}
+    front["library_name"] = "transformers"
+    if (tag := _task(checkpoint)[0]) is not None:
+        front["pipeline_tag"] = tag
+    if (licence := common_licence(list(found))) is not None:
+        front["license"] = licence.id
+        front |= {key: value for key, value in (("license_name", licence.name), ("license_link", licence.link)) if value is not None}
+    return {**front, "tags": ["merge", "modelglue"]}
+
+
+def _table(found: Sequence[Parent]) -> str:
+    """A column of which nothing is known is left out."""
+    columns = [("model", [f"`{parent.reference}`" for parent in found])]
+    if any(parent.revision for parent in found):
+        columns.append(("revision", [f"`{parent.revision}`" if parent.revision else "" for parent in found]))
+    if any(parent.record for parent in found):
+        columns.append(("record", [f"`{parent.record[:16]}`" if parent.record else "" for parent in found]))
+    if any(parent.licence.id for parent in found):
+        columns.append(("licence", [str(parent.licence) for parent in found]))
+    rows = zip(*(values for _, values in columns), strict=True)
+    lines = [[title for title, _ in columns], ["---"] * len(columns), *rows]
+    return "\n".join("|" + "|".join(cell if cell == "---" else f" {_cell(cell)} " for cell in line) + "|" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _licences(found: Sequence[Parent]) -> str:
+    warnings = licence_warnings(list(found))
+    if warnings:
+        return "Licences: no legal advice, but read this before you publish the model.\n\n" + "\n".join(f"- {line}" for line in warnings)
+    if (licence := common_licence(list(found))) is not None:
+        return f"Every parent is under {licence}."
+    if all(parent.licence.id is None for parent in found):
+        return "No parent names its licence where it lay. Find out whether they may be merged and published before you publish this model."
+    return "The parents are under several licences, of which none is known to forbid a merge; each asks to be named."
+
+
+def _task(checkpoint: Checkpoint) -> tuple[str | None, str]:
+    names = checkpoint.config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    for pattern, tag, loader in _TASKS:
+        if re.search(rf"(?:{pattern})$", name):
+            return tag, loader
+    return None, "AutoModel" if name else "AutoModelForCausalLM"
+
+
+def _loading(checkpoint: Checkpoint) -> str:
+    loader, files = _task(checkpoint)[1], checkpoint.files
+    reader = "AutoProcessor" if {"processor_config.json", "preprocessor_config.json"} & set(files) else "AutoTokenizer"
+    lines = [f"from transformers import {', '.join(sorted([loader, reader]))}", ""]
+    lines += [f'model = {loader}.from_pretrained("path/to/this/folder")']
+    lines += [f'{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained("path/to/this/folder")']
+    return "\n".join(lines)
