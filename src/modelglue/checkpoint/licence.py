@@ -127,17 +127,14 @@ def licence_warnings(found: list[Parent]) -> list[str]:
     for licence in dict.fromkeys(parent.licence for parent in found):
         under = [parent.reference for parent in found if parent.licence == licence]
         of, one = ", ".join(under), len(under) == 1
-        are = "is" if one else "are"
+        are, it = ("is", "it") if one else ("are", "they")
+        has = "has a licence of its own" if one else "have a licence of their own"
         others = list(dict.fromkeys(str(parent.licence) for parent in found if parent.licence not in (licence, Licence())))
         name = (licence.id or "").lower() + (f" {licence.name.lower()}" if licence.name else "")
         if licence.id is None:
-            warnings.append(
-                f"{of} {'names' if one else 'name'} no licence: find out whether {'it' if one else 'they'} may be merged and published."
-            )
+            warnings.append(f"{of} {'names' if one else 'name'} no licence: find out whether {it} may be merged and published.")
         elif not licence.known:
-            warnings.append(
-                f"{of} {'has a licence of its' if one else 'have a licence of their'} own ({licence}): read whether {'it' if one else 'they'} may be merged and published."
-            )
+            warnings.append(f"{of} {has} ({licence}): read whether {it} may be merged and published.")
         elif _NO_DERIVATIVES.search(name):
             warnings.append(f"{of} {are} under {licence}, which permits no derivatives; a merge is one.")
         elif common is not None:
