@@ -6,6 +6,7 @@ from modelglue.checkpoint.merged import ENGINE_VERSION, MergedCheckpoint
 from modelglue.checkpoint.pickled import PickledCheckpoint
 from modelglue.checkpoint.plan import Plan, plan_output, tensor_file
 from modelglue.checkpoint.protocol import FLOATING, ITEM_SIZE, Checkpoint, SideFile, TensorInfo, file_bytes, file_place
+from modelglue.checkpoint.quantised import quantisation_of
 from modelglue.checkpoint.record import RECORD_FILE, RECORD_FORMAT
 from modelglue.checkpoint.reference import open_checkpoint
 from modelglue.checkpoint.staging import json_bytes, staged, write_bytes_atomic, write_json_atomic
@@ -45,6 +46,7 @@ __all__ = [
     "json_bytes",
     "open_checkpoint",
     "plan_output",
+    "quantisation_of",
     "save",
     "staged",
     "tensor_file",
