@@ -54,11 +54,14 @@ def test_vocabularies_must_number_alike(tmp_path: Path) -> None:
         check_mergeable([a, swapped])
     assert str(caught.value) == (
         f"{tmp_path}/swapped and {tmp_path}/a number their tokens differently (2 tokens, among them 'a': 3 and 2), "
-        "so their embedding rows do not mean the same. Align the vocabularies first, or merge models that share a tokenizer."
+        "so their embedding rows do not mean the same. Add `tokenizer: {source: base}` (or `source: union`) to the recipe, which aligns "
+        "rows by token; or `vocab_mismatch: truncate`, which takes the common rows as they are."
     )
-    longer = written(tmp_path / "longer", words=[*WORDS, "g"])
-    with pytest.raises(MergeError, match=r"\(1 tokens, among them 'g': 8 and None\)"):
-        check_mergeable([a, longer])
+    shorter = written(tmp_path / "shorter", words=WORDS[:-1])
+    with pytest.raises(MergeError, match=r"\(1 tokens, among them 'f': None and 7\)"):
+        check_mergeable([a, shorter])
+    longer = written(tmp_path / "longer", words=[*WORDS, "g"])  # a token without a row in any model
+    check_mergeable([a, longer])
 
 
 def test_the_same_vocabulary_may_be_written_differently(tmp_path: Path) -> None:

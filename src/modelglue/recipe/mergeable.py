@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modelglue.checkpoint import Checkpoint, file_bytes, file_place
-from modelglue.errors import MergeError, UserError
+from modelglue.checkpoint import Checkpoint, quantisation_of
+from modelglue.checkpoint.vocabulary import all_tokens, check_vocabularies
+from modelglue.errors import MergeError
 
 #: config fields that change what equal weights compute (activation, heads, multipliers); the rotary ones are compared in `_rope`
 _FUNCTIONAL = (
@@ -18,6 +18,15 @@ _FUNCTIONAL = (
 
 def check_mergeable(checkpoints: Sequence[Checkpoint]) -> None:
     """MergeError unless all models share class and vocabulary. Different functions are the first model's to decide: see `warnings_of`."""
+    check_architectures(checkpoints)
+    check_vocabularies(checkpoints, None, [_name(checkpoint) for checkpoint in checkpoints])
+
+
+def check_architectures(checkpoints: Sequence[Checkpoint]) -> None:
+    """MergeError for quantised models, and unless all models whose configs name a class name the same one."""
+    quantised = [f"{_name(model)} {what}" for model in checkpoints if (what := quantisation_of(model)) is not None]
+    if quantised:
+        raise MergeError("\n".join(dict.fromkeys(quantised)))
     first = checkpoints[0]
     for other in checkpoints[1:]:
         ours, theirs = architecture(first), architecture(other)
@@ -25,14 +34,6 @@ def check_mergeable(checkpoints: Sequence[Checkpoint]) -> None:
             raise MergeError(
                 f"{_name(other)} is a {theirs} and {_name(first)} a {ours}; one merge takes one architecture. "
                 "Leave one of them out, or join them as experts of a mixture."
-            )
-        a, b = (None, None) if _same_tokenizer_file(first, other) else (vocabulary(first), vocabulary(other))
-        if a is not None and b is not None and a != b:
-            different = sorted(token for token in a.keys() | b.keys() if a.get(token) != b.get(token))
-            raise MergeError(
-                f"{_name(other)} and {_name(first)} number their tokens differently ({len(different)} tokens, among them {different[0]!r}: "
-                f"{b.get(different[0])} and {a.get(different[0])}), so their embedding rows do not mean the same. "
-                "Align the vocabularies first, or merge models that share a tokenizer."
             )
 
 
@@ -66,32 +67,10 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _same_tokenizer_file(first: Checkpoint, other: Checkpoint) -> bool:
-    """Whether both have the same bytes, which siblings mostly do: parsing a large vocabulary takes a tenth of a second."""
-    ours, theirs = first.files.get("tokenizer.json"), other.files.get("tokenizer.json")
-    return ours is not None and theirs is not None and file_bytes(ours) == file_bytes(theirs)
-
-
 def vocabulary(checkpoint: Checkpoint) -> Mapping[str, int] | None:
-    """Token string -> id of tokenizer.json (added tokens included), or None where there is none to compare."""
-    file = checkpoint.files.get("tokenizer.json")
-    if file is None:
-        return None
-    try:
-        value = json.loads(file_bytes(file).decode())
-        tokens = _tokens(value["model"]["vocab"])
-        tokens.update({added["content"]: added["id"] for added in value.get("added_tokens", [])})
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file_place('tokenizer.json', file)}: is not a tokenizer file ({error!r}). Restore the model's tokenizer."
-        ) from error
-    return tokens
-
-
-def _tokens(vocab: Any) -> dict[str, int]:
-    if isinstance(vocab, dict):
-        return dict(vocab)
-    return {str(entry[0]): number for number, entry in enumerate(vocab)}  # unigram: [token, score] in order
+    """Token string -> id of the tokenizer (added tokens included), or None where there is none to compare."""
+    found = all_tokens(checkpoint)
+    return None if found is None else found[0]
 
 
 def architecture(checkpoint: Checkpoint) -> str | None:

@@ -19,7 +19,7 @@ is the base); tokens maps a token to `TokenPolicy(source, force)`, whose source 
 The output: `dressed(merged, config=alignment.config, files=alignment.files, description={"tokenizer": {...}})`.
 
 `vocabulary(checkpoint) -> Vocabulary | None` reads the tokenizer: token -> id below the config's vocab_size, with the settings
-of added tokens. No transformers, no torch.
+of added tokens; `all_tokens` also those without a row. No transformers, no torch.
 """
 
 from modelglue.checkpoint.vocabulary.align import Alignment, AlignmentReport, ModelReport, align, check_vocabularies, truncate
@@ -28,7 +28,7 @@ from modelglue.checkpoint.vocabulary.dressed import DressedCheckpoint, dressed
 from modelglue.checkpoint.vocabulary.heads import TiedHeads, tied_heads
 from modelglue.checkpoint.vocabulary.request import FromModel, FromToken, TokenPolicy, VocabularyRequest, Zero
 from modelglue.checkpoint.vocabulary.tables import Tables, tables_of
-from modelglue.checkpoint.vocabulary.tokens import Vocabulary, vocabulary
+from modelglue.checkpoint.vocabulary.tokens import Vocabulary, all_tokens, vocabulary
 from modelglue.checkpoint.vocabulary.union import RowCounts
 from modelglue.checkpoint.vocabulary.view import RevocabularyCheckpoint
 
@@ -50,6 +50,7 @@ __all__ = [
     "VocabularyRequest",
     "Zero",
     "align",
+    "all_tokens",
     "chat_template",
     "check_vocabularies",
     "dressed",

@@ -15,7 +15,7 @@ from modelglue.checkpoint.vocabulary.over import updated
 from modelglue.checkpoint.vocabulary.request import FromModel, FromToken, TokenPolicy, VocabularyRequest
 from modelglue.checkpoint.vocabulary.surgery import role_tokens, tokenizer_files
 from modelglue.checkpoint.vocabulary.tables import Tables, tables_of
-from modelglue.checkpoint.vocabulary.tokens import PIECE_FILES, TOKENIZER_FILES, Vocabulary, object_of, same_files, vocabulary
+from modelglue.checkpoint.vocabulary.tokens import PIECE_FILES, TOKENIZER_FILES, Vocabulary, object_of, same_files, unread, vocabulary
 from modelglue.checkpoint.vocabulary.union import (
     OutputVocabulary,
     RowCounts,
@@ -203,7 +203,8 @@ def _vocabularies(inputs: _Inputs) -> list[Vocabulary]:
             continue
         ours = vocabulary(model, tables)
         if ours is None:
-            faults.append(f"{label}: has no tokenizer, so its vocabulary cannot be aligned. Put the tokenizer's files into its folder.")
+            none = f"{label}: has no tokenizer, so its vocabulary cannot be aligned. Put the tokenizer's files into its folder."
+            faults.append(unread(model) or none)
         elif _is_shifted(model):
             faults.append(
                 f"{label}: has only a sentencepiece model, and a {model.config.get('model_type')} numbers its tokens otherwise than that. "
@@ -302,7 +303,7 @@ def _different_tokens(first: Checkpoint, other: Checkpoint, label: str, theirs: 
         return None
     a, b = vocabulary(first, tables), vocabulary(other, other_tables)
     if a is None or b is None:
-        return None
+        return next((reason for model in (first, other) if (reason := unread(model))), None)
     ours, found = {**a.beyond, **a.ids}, {**b.beyond, **b.ids}
     idle = {token for token in ours.keys() | found.keys() if token not in a.ids and token not in b.ids}
     different = sorted(token for token in (ours.keys() | found.keys()) - idle if ours.get(token) != found.get(token))

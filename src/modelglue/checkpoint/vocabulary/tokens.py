@@ -40,7 +40,7 @@ def vocabulary(checkpoint: Checkpoint, tables: Tables | None = None) -> Vocabula
     """The vocabulary of a checkpoint, or None where there is no tokenizer. Ids without a row are set apart.
 
     Reads, in this order, tokenizer.json; vocab.json; vocab.txt; a sentencepiece model; and the added tokens that stand in
-    added_tokens.json or tokenizer_config.json. CheckpointError names a file that is damaged, or that is not supported.
+    added_tokens.json or tokenizer_config.json. CheckpointError names a file that is damaged.
     """
     found = all_tokens(checkpoint)
     if found is None:
@@ -52,7 +52,7 @@ def vocabulary(checkpoint: Checkpoint, tables: Tables | None = None) -> Vocabula
 
 
 def all_tokens(checkpoint: Checkpoint) -> tuple[dict[str, int], dict[str, Mapping[str, bool]]] | None:
-    """(token -> id, token -> settings of an added token), rows or no rows."""
+    """(token -> id, token -> settings of an added token), rows or no rows; None where no file says."""
     files = checkpoint.files
     added: dict[str, Mapping[str, bool]] = {}
     if "tokenizer.json" in files:
@@ -63,11 +63,6 @@ def all_tokens(checkpoint: Checkpoint) -> tuple[dict[str, int], dict[str, Mappin
         ids = _read("vocab.txt", files, lambda data: {token: number for number, token in enumerate(lines_of(data))})
     elif name := next((name for name in PIECE_FILES if name in files), None):
         ids = _read(name, files, lambda data: {piece.text: number for number, piece in enumerate(read_pieces(data))})
-    elif "tekken.json" in files:
-        raise CheckpointError(
-            f"{file_place('tekken.json', files['tekken.json'])}: the vocabulary stands only in a tekken.json, which is not read. "
-            "Save the model's tokenizer with transformers (it writes a tokenizer.json), or put its tokenizer.json into the folder."
-        )
     else:
         return None
     for token, number, settings in _added_beside(files):
@@ -80,6 +75,16 @@ def all_tokens(checkpoint: Checkpoint) -> tuple[dict[str, int], dict[str, Mappin
         name = next(name for name in VOCABULARY_FILES if name in files)
         raise _damaged(name, files[name], f"token {shown(bad)} is not Unicode text")
     return ids, added
+
+
+def unread(checkpoint: Checkpoint) -> str | None:
+    """Why the vocabulary of a checkpoint is not known though it has one; None if that is not so."""
+    if "tekken.json" not in checkpoint.files or all_tokens(checkpoint) is not None:
+        return None
+    return (
+        f"{file_place('tekken.json', checkpoint.files['tekken.json'])}: the vocabulary stands only in a tekken.json, which is not read. "
+        "Save the model's tokenizer with transformers (it writes a tokenizer.json), or put its tokenizer.json into the folder."
+    )
 
 
 def pieces_of(checkpoint: Checkpoint) -> list[Piece] | None:
