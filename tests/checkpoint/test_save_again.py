@@ -342,7 +342,7 @@ def test_overwrite_destroys_nothing_that_is_no_output(kind: str, zoo: Zoo, tmp_p
     else:
         out.mkdir()
         (out / "thesis.tex").write_text("years of work")
-        expected = r"out: holds 'thesis\.tex' and is neither a model nor a mixture, .* remove the folder by hand\.$"
+        expected = r"out: holds 'thesis\.tex' and is neither a model nor a mixture nor an adapter, .* remove the folder by hand\.$"
     before = names_in(out.parent), contents(out.parent)
     steps: list[int] = []
     with pytest.raises(UserError, match=expected) as caught:
@@ -392,7 +392,7 @@ def test_inputs_are_never_written_to(target: str, relation: str, overwrite: bool
     with pytest.raises(UserError) as caught:
         save_merge(zoo, tmp_path / "zoo" / target, overwrite=overwrite)
     place = tmp_path / "zoo" / target
-    assert str(caught.value) == f"{place}: {relation} the model '{model}' ({model}), which is merged here. Choose another path."
+    assert str(caught.value) == f"{place}: {relation} the model '{model}' ({model}), which is read here. Choose another path."
     assert contents(tmp_path) == before
 
 

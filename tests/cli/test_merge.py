@@ -144,7 +144,7 @@ def test_an_outputs_recipe_gives_the_same_bytes_beside_it(run: Run, zoo: Path, t
 
 def test_an_output_on_an_input(run: Run, zoo: Path) -> None:
     message = refused(run, zoo, zoo / "recipe.yaml", zoo / "a", "--overwrite")
-    assert message == f"{zoo}/a: is the model 'a' ({zoo}/a), which is merged here. Choose another path."
+    assert message == f"{zoo}/a: is the model 'a' ({zoo}/a), which is read here. Choose another path."
 
 
 def test_mergekits_dialect(run: Run, zoo: Path) -> None:
@@ -430,7 +430,7 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(run: Run, zoo: Path) -
     (zoo / "out" / "thesis.tex").write_text("years of work")
     assert refused(run, zoo) == f"{zoo}/out: exists already. Choose another path, or pass --overwrite to replace it."
     assert refused(run, zoo, zoo / "recipe.yaml", zoo / "out", "--overwrite") == (
-        f"{zoo}/out: holds 'thesis.tex' and is neither a model nor a mixture, so it is not replaced. "
+        f"{zoo}/out: holds 'thesis.tex' and is neither a model nor a mixture nor an adapter, so it is not replaced. "
         "Choose another path, or remove the folder by hand."
     )
     (zoo / "out" / "config.json").write_text("{}")

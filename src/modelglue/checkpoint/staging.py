@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +23,9 @@ LOCK = ".lock"
 #: what a half-done folder holds to be continued; gone when it gets its final name
 JOURNAL = ".journal"
 #: a folder with one of these is an output that may be replaced; any other may be somebody's work
-_OUTPUTS = ("config.json", "modelglue_recipe.yaml", "mixture.json", "model.safetensors", "model.safetensors.index.json")
+_OUTPUTS = (
+    "config.json", "modelglue_recipe.yaml", "mixture.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json",
+)  # fmt: skip
 #: seconds to wait for a lock: the workers of a process that was just killed hold it until they are dead too
 _PATIENCE = 2.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -64,6 +66,22 @@ def staged(directory: Path, *, key: str, overwrite: bool = False) -> Iterator[Pa
     _sweep(directory)
 
 
+def check_apart(directory: Path, places: Iterable[tuple[str, Path]]) -> None:
+    """UserError if writing `directory` would touch one of the `places`, (what it is called, where it is on disk), that are read for it."""
+    target = Path(os.path.realpath(directory))
+    for name, place in places:
+        path = Path(os.path.realpath(place))
+        if target == path:
+            relation = "is"
+        elif target in path.parents:
+            relation = "holds"
+        elif path in target.parents:
+            relation = "lies in"
+        else:
+            continue
+        raise UserError(f"{directory}: {relation} the model '{name}' ({place}), which is read here. Choose another path.")
+
+
 def _followed(directory: Path) -> Path:
     """The folder itself where `directory` is a link to it: the link stays, and the half-done sibling is on the folder's disk."""
     if not directory.is_symlink():
@@ -87,7 +105,7 @@ def _check_free(directory: Path, overwrite: bool) -> None:
         raise io_error(directory, error) from error
     if found and not set(found) & set(_OUTPUTS):
         raise UserError(
-            f"{directory}: holds '{found[0]}' and is neither a model nor a mixture, so it is not replaced. "
+            f"{directory}: holds '{found[0]}' and is neither a model nor a mixture nor an adapter, so it is not replaced. "
             "Choose another path, or remove the folder by hand."
         )
 

@@ -27,10 +27,10 @@ from modelglue.checkpoint.plan import Plan, Shard, Task, plan_output
 from modelglue.checkpoint.protocol import Checkpoint, SideFile
 from modelglue.checkpoint.record import RECORD_FILE, record
 from modelglue.checkpoint.reference import reference_from
-from modelglue.checkpoint.staging import JOURNAL, LOCK, json_bytes, staged
+from modelglue.checkpoint.staging import JOURNAL, LOCK, check_apart, json_bytes, staged
 from modelglue.checkpoint.workers import run_tasks
 from modelglue.checkpoint.yaml_text import yaml_text
-from modelglue.errors import CheckpointError, RunError, UserError
+from modelglue.errors import CheckpointError, RunError
 from modelglue.settings import CHUNK_ELEMENTS, SMALL_OUTPUT_BYTES, cache_dir, default_workers
 
 RECIPE_FILE = "modelglue_recipe.yaml"
@@ -74,7 +74,7 @@ def save(
     """
     directory = Path(directory)
     plan = plan_output(checkpoint, shard_bytes=shard_bytes, chunk=chunk)
-    _check_apart(checkpoint, directory)
+    check_apart(directory, [(source.describe()["model"], place) for source in checkpoint.sources() for place in source.places])
     references = _references_from(checkpoint, directory)
     recipe = recipe_text if recipe_text is not None else yaml_text(_renamed(checkpoint.describe(), references))
     # Chunking is part of the key because it shapes the journal's tasks; it never shapes the bytes.
@@ -91,24 +91,6 @@ def save(
         _remember_complete(directory, folder, key)
     remember_identity(SafetensorsCheckpoint(directory), digests)
     return SaveReport(directory, len(plan.home), plan.tensor_bytes, len(plan.shards), resumed, False)
-
-
-def _check_apart(checkpoint: Checkpoint, directory: Path) -> None:
-    """UserError if writing `directory` would touch a model that the merge reads."""
-    target = Path(os.path.realpath(directory))
-    for source in checkpoint.sources():
-        for place in source.places:
-            path = Path(os.path.realpath(place))
-            if target == path:
-                relation = "is"
-            elif target in path.parents:
-                relation = "holds"
-            elif path in target.parents:
-                relation = "lies in"
-            else:
-                continue
-            model = source.describe()["model"]
-            raise UserError(f"{directory}: {relation} the model '{model}' ({place}), which is merged here. Choose another path.")
 
 
 def _references_from(checkpoint: Checkpoint, directory: Path) -> dict[str, str]:
