@@ -39,6 +39,7 @@ OPTIONS = {
     "inspect": "--model --tensors --identity --json",
     "diff": "--a --b --tensors --out --overwrite --workers --json --quiet",
     "verify": "--folder --quick --workers --json --quiet",
+    "push": "--folder --repository --private --revision --message --json --quiet",
     "similarity": "MODELS --zoo --mode --scope --base --threshold --linkage --out --overwrite --json --quiet",
     "eval": "MODELS --tasks --include --store --json --quiet",
     "generate": "--model PROMPTS --max-new-tokens --until --json --quiet",

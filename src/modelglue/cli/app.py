@@ -33,6 +33,7 @@ COMMANDS = {
     "inspect": ("modelglue.cli.inspect:inspect", "Show a model's layers, roles, dtypes, sizes and tensors."),
     "diff": ("modelglue.cli.diff:diff", "Show where two models differ, by layer and role."),
     "verify": ("modelglue.cli.verify:verify", "Hash every tensor of an output and compare it with its record."),
+    "push": ("modelglue.cli.push:push", "Upload an output to the hub."),
     "similarity": ("modelglue.cli.similarity:similarity", "Compare the weights of models and find the families."),
     "eval": ("modelglue.cli.eval:evaluate", "Score models on lm-evaluation-harness tasks."),
     "generate": ("modelglue.cli.generate:generate", "Continue prompts, greedily, and print the continuations."),
