@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from modelglue.checkpoint import SafetensorsCheckpoint, TensorsCheckpoint, save, tensor_file
+from modelglue.checkpoint.opening import open_folder
+from modelglue.checkpoint.side_files import SIDE_FILES
 from modelglue.errors import CheckpointError
 from tests.checkpoint.files import EIGHT, TWO, randn, weight_file, write_model, write_single
 
@@ -28,7 +30,7 @@ RIGHT = {"a": FIRST, "b": SECOND}
 
 def refused(folder: Path, *words: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        SafetensorsCheckpoint(folder)
+        open_folder(folder)
     assert caught.value.exit_code == 2
     message = str(caught.value)
     assert message.startswith(str(folder))
@@ -207,12 +209,32 @@ def two_models(folder: Path) -> None:
     write_model(folder, {**SHARDS, "model.safetensors": A}, index={"weight_map": RIGHT})
 
 
-def pickled(folder: Path) -> None:
-    (folder / "pytorch_model.bin").write_bytes(b"PK")
-
-
 def adapter(folder: Path) -> None:
     write_model(folder, {"adapter_model.safetensors": A})
+
+
+def adapter_by_its_config(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def pipeline(folder: Path) -> None:
+    (folder / "model_index.json").write_text("{}")
+    write_model(folder / "unet", {"diffusion_pytorch_model.safetensors": A})
+    write_model(folder / "text_encoder", {"model.safetensors": A})
+    (folder / "scheduler").mkdir()
+
+
+def training_state_only(folder: Path) -> None:
+    (folder / "optimizer.pt").write_bytes(b"PK")
+    (folder / "training_args.bin").write_bytes(b"PK")
+
+
+def foreign(name: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        (folder / name).write_bytes(b"GGUF")
+
+    make.__name__ = name
+    return make
 
 
 def folder_named_like_a_file(folder: Path) -> None:
@@ -228,8 +250,14 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], str]] = [
     (two_stems, "several .safetensors files and no index"),
     (two_files, "several .safetensors files and no index: one.safetensors, two.safetensors"),
     (two_models, "holds model.safetensors and an index of other shards"),
-    (pickled, "holds pytorch_model.bin and no .safetensors"),
-    (adapter, "is an adapter, not a model"),
+    (adapter, "is an adapter, not a model. Refer to it together with its base: BASE+"),
+    (adapter_by_its_config, "is an adapter, not a model"),
+    (pipeline, "is a diffusion pipeline of several models. Refer to one of its components: '"),
+    (training_state_only, "holds no .safetensors file, and no .bin"),
+    (foreign("q4.gguf"), "holds q4.gguf, which is in GGUF, the quantised format of llama.cpp. Merge the original safetensors release"),
+    (foreign("tf_model.h5"), "holds tf_model.h5, which is in TensorFlow's format"),
+    (foreign("flax_model.msgpack"), "is in Flax's format"),
+    (foreign("model.onnx"), "is an ONNX graph"),
     (folder_named_like_a_file, "holds no .safetensors file"),
     (lambda folder: None, "holds no .safetensors file"),
 ]
@@ -241,9 +269,65 @@ def test_folder_that_is_no_model_is_refused(make: Callable[[Path], None], words:
     refused(tmp_path, words)
 
 
-def test_file_of_another_format_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.bin").write_bytes(b"PK")
-    refused(tmp_path / "model.bin", "is not a .safetensors file")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("q4.gguf", "is in GGUF"), ("weights.npz", "is no file of weights that is known"), ("model", "is no file of weights")],
+)
+def test_file_of_another_format_is_refused(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / name).write_bytes(b"PK")
+    refused(tmp_path / name, words, "Allowed is a model folder, or a .safetensors, .bin, .pt, .pth or .ckpt file.")
+
+
+def test_components_of_a_pipeline_are_named_and_are_models(tmp_path: Path) -> None:
+    pipeline(tmp_path)
+    refused(tmp_path, f"'{tmp_path / 'text_encoder'}', '{tmp_path / 'unet'}'.")
+    assert open_folder(tmp_path / "unet").names() == ("a",)
+
+
+def test_sharded_component_of_a_pipeline_with_a_variant_beside_it(tmp_path: Path) -> None:
+    """The variant in half precision is another model of the same names; the one with the plain name counts."""
+    first, second = "diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model-00002-of-00002.safetensors"
+    write_model(tmp_path, {first: A, second: B, "diffusion_pytorch_model.fp16.safetensors": {**A, **B}})
+    index = {"weight_map": {"a": first, "b": second}}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert open_folder(tmp_path).shards == (tmp_path / first, tmp_path / second)
+
+
+def test_the_file_with_the_usual_name_is_the_model(tmp_path: Path) -> None:
+    write_model(tmp_path, {"model.safetensors": A, "model.fp16.safetensors": B, "consolidated.safetensors": B})
+    assert open_folder(tmp_path).names() == ("a",)
+    (tmp_path / "model.safetensors").unlink()
+    refused(tmp_path, "several .safetensors files and no index: consolidated.safetensors, model.fp16.safetensors")
+
+
+def test_safetensors_win_over_pickled_weights(tmp_path: Path) -> None:
+    write_single(tmp_path, A)
+    torch.save(B, tmp_path / "pytorch_model.bin")
+    assert open_folder(tmp_path).names() == ("a",)
+    (tmp_path / "model.safetensors").unlink()
+    assert open_folder(tmp_path).names() == ("b",)
+
+
+def test_code_that_a_config_names_is_a_side_file_and_is_not_run(tmp_path: Path) -> None:
+    folder = write_single(tmp_path / "model", A, config={"auto_map": {"AutoModel": "modeling_x.X"}})
+    code = b"raise SystemExit('was run')\r\n"
+    for name in ("modeling_x.py", "configuration_x.py", "helpers.py"):
+        (folder / name).write_bytes(code)
+    save(open_folder(folder), tmp_path / "out")
+    for name in ("modeling_x.py", "configuration_x.py", "helpers.py"):
+        assert (tmp_path / "out" / name).read_bytes() == code
+    (folder / "config.json").write_text("{}")
+    assert open_folder(folder).files == {}
+    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["helpers.T", null]}}')
+    assert sorted(open_folder(folder).files) == ["configuration_x.py", "helpers.py", "modeling_x.py", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("name", SIDE_FILES)
+def test_every_side_file_is_copied(name: str, tmp_path: Path) -> None:
+    folder = write_single(tmp_path / "model", A)
+    (folder / name).write_bytes(b"{}\r\n")
+    save(open_folder(folder), tmp_path / "out")
+    assert (tmp_path / "out" / name).read_bytes() == b"{}\r\n"
 
 
 BAD_CONFIGS = {
@@ -301,6 +385,8 @@ EVERY_DTYPE = {
     "f64": randn(3, 5, dtype=torch.float64), "f32": randn(7), "f16": randn(2, 2, 2, dtype=torch.float16),
     "bf16": randn(9, 3, dtype=torch.bfloat16), "e4m3": randn(5).to(torch.float8_e4m3fn), "e5m2": randn(5).to(torch.float8_e5m2),
     "e8m0": torch.arange(7, dtype=torch.uint8).view(torch.float8_e8m0fnu), "i64": torch.tensor([-(2**63), 2**63 - 1]),
+    "e4m3fnuz": randn(5).to(torch.float8_e4m3fnuz), "e5m2fnuz": randn(5).to(torch.float8_e5m2fnuz),
+    "c64": torch.tensor([1 + 2j, -0.5j]),
     "i32": torch.arange(-3, 3, dtype=torch.int32), "i16": torch.arange(3, dtype=torch.int16), "i8": torch.arange(-2, 3, dtype=torch.int8),
     "u64": torch.arange(3).to(torch.uint64), "u32": torch.arange(3).to(torch.uint32), "u16": torch.arange(3).to(torch.uint16),
     "u8": torch.arange(250, 256).to(torch.uint8), "bool": torch.tensor([True, False, True]),
@@ -337,6 +423,24 @@ def test_what_is_saved_is_read_by_the_library(tmp_path: Path) -> None:
         assert sorted(found) == sorted(EVERY_DTYPE)
         for name, expected in EVERY_DTYPE.items():
             assert_bits_equal(found[name], expected)
+
+
+PACKED = {"F4": [4, 3], "F6_E2M3": [2, 4], "F6_E3M2": [4]}
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+def test_packed_dtypes_are_described_and_neither_read_nor_written(tmp_path: Path, dtype: str) -> None:
+    size = {"F4": 6, "F6_E2M3": 6, "F6_E3M2": 3}[dtype]
+    header = {"w": {"dtype": dtype, "shape": PACKED[dtype], "data_offsets": [0, size]}}
+    (tmp_path / "model.safetensors").write_bytes(weight_file(header, bytes(size)))
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    info = checkpoint.info("w")
+    assert (info.dtype, list(info.shape), info.nbytes) == (dtype, PACKED[dtype], size)
+    with pytest.raises(CheckpointError, match=f"dtype {dtype} packs several numbers into a byte"):
+        checkpoint.read("w")
+    with pytest.raises(CheckpointError, match=f"tensor 'w' is {dtype}, several numbers to a byte"):
+        save(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "BF16", "I64"])
