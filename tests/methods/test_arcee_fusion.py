@@ -11,10 +11,9 @@ from tests.methods.merging import Tensor, merge, randn, seeds
 
 def expected(base: Tensor, model: Tensor) -> Tensor:
     """The definition, with a full sort."""
-    x, b = (t.double() for t in (model, base))
-    p, q = torch.softmax(x, -1) + 1e-8, torch.softmax(b, -1) + 1e-8
+    p, q = torch.softmax(model, -1) + 1e-8, torch.softmax(base, -1) + 1e-8
     divergence = (p * (p / q).log()).sum(-1, keepdim=True).clamp(min=0)
-    score = ((model - base).abs().double() * divergence).float().numpy()
+    score = ((model - base).abs() * divergence).numpy()
     ordered = np.sort(score.ravel())
     low, middle, high = (float(ordered[int(a * (len(ordered) - 1))]) for a in (0.25, 0.5, 0.75))
     return torch.where(torch.from_numpy(score >= np.float32(middle + 1.5 * (high - low))), model, base)

@@ -19,7 +19,8 @@ def _gather_divergence(models: Any, base: Any, uniform: Any, known: Any, start: 
     """The length of a row, and per row [rows] the Kullback-Leibler divergence of the model's softmax from the base's."""
     import torch
 
-    p, q = (torch.softmax(rows.double(), -1) + 1e-8 for rows in (models[0], base))
+    # in the inputs' own precision, as others do: a last bit of a divergence near 0 can decide about an entry
+    p, q = (torch.softmax(rows, -1) + 1e-8 for rows in (models[0], base))
     return base.shape[-1], (p * (p / q).log()).sum(-1).clamp(min=0.0)  # what is below 0 is rounding: both sum to the same
 
 
@@ -34,7 +35,7 @@ def _importance(model: Tensor, base: Tensor, survey: Sequence[Any], start: int) 
     length, divergence = survey[0]
     first, last = start // length, -(-(start + len(base)) // length)
     spread = divergence[first:last].repeat_interleave(length)[start - first * length :][: len(base)]
-    score: Tensor = ((model - base).abs().double() * spread.to(base.device)).float()
+    score: Tensor = ((model - base).abs() * spread.to(base.device)).float()
     return score
 
 
