@@ -14,7 +14,7 @@ from modelglue.checkpoint.vocabulary.heads import with_heads
 from modelglue.checkpoint.vocabulary.over import updated
 from modelglue.checkpoint.vocabulary.request import FromModel, FromToken, TokenPolicy, VocabularyRequest
 from modelglue.checkpoint.vocabulary.surgery import role_tokens, tokenizer_files
-from modelglue.checkpoint.vocabulary.tables import Tables, tables_of
+from modelglue.checkpoint.vocabulary.tables import Tables, lies_flat, tables_of
 from modelglue.checkpoint.vocabulary.tokens import PIECE_FILES, TOKENIZER_FILES, Vocabulary, object_of, same_files, unread, vocabulary
 from modelglue.checkpoint.vocabulary.union import (
     OutputVocabulary,
@@ -239,7 +239,7 @@ def _views(inputs: _Inputs, plans: Sequence[RowPlan], rows: int, widen: bool) ->
                 theirs = other.info(name).shape if name in set(other.names()) else None
                 if theirs is None:
                     faults.append(f"{inputs.labels[position]}: has no tensor '{name}', from which rows of {label} would be taken.")
-                elif theirs[1:] != info.shape[1:] and info.shape[0] != 1:
+                elif theirs[1:] != info.shape[1:] and not lies_flat(name):
                     faults.append(
                         f"'{name}' has rows of {theirs[-1]} numbers in {inputs.labels[position]} and of {info.shape[-1]} in {label}."
                     )

@@ -83,11 +83,16 @@ def tables_of(checkpoint: Checkpoint) -> Tables:
         name
         for name, shape in outside.items()
         if (shape == (rows,) and (_HEAD_BIAS.search(name) or (name.endswith("bias") and not usual_only)))
-        or (shape == (1, rows) and name.endswith("logits_bias"))
+        or (shape == (1, rows) and lies_flat(name))
     ]
     names = tuple(sorted([*embeddings, *heads, *biases])) if rows else ()
     limit = rows if claimed is None else min(claimed, rows)
     return Tables(rows if names else 0, limit if names else 0, names, _input_embedding(embeddings), heads if names else ())
+
+
+def lies_flat(name: str) -> bool:
+    """Whether a table is the bias that BART keeps as one row of all tokens."""
+    return name.endswith("logits_bias")
 
 
 def is_head(name: str) -> bool:

@@ -81,7 +81,7 @@ def check_policies(vocabularies: Sequence[Vocabulary], limits: Sequence[int], re
             number = positions[source.model]
             wanted = token if isinstance(source, FromModel) else source.token
             if wanted is not None and wanted not in vocabularies[number].ids:
-                near = did_you_mean(wanted, vocabularies[number].ids)
+                near = did_you_mean(wanted, [one for one in vocabularies[number].ids if abs(len(one) - len(wanted)) < 3])
                 faults.append(f"tokens: '{token}' takes the row of '{wanted}' in {labels[number]}, which has no such token.{near}")
             if isinstance(source, FromToken) and source.token_id is not None and source.token_id >= limits[number]:
                 faults.append(

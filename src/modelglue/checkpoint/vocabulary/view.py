@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 from modelglue.checkpoint.protocol import FLOATING, Checkpoint, TensorInfo
 from modelglue.checkpoint.tensors import torch_dtype
 from modelglue.checkpoint.vocabulary.over import OverCheckpoint, digest, updated
+from modelglue.checkpoint.vocabulary.tables import lies_flat
 from modelglue.checkpoint.workers import single_thread
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class RevocabularyCheckpoint(OverCheckpoint):
         if name not in self._tables:
             return info
         count = len(self._plan.rows)
-        shape = (1, count) if info.shape[0] == 1 and len(info.shape) == 2 else (count, *info.shape[1:])
+        shape = (1, count) if lies_flat(name) else (count, *info.shape[1:])
         return TensorInfo(shape, "F32" if self._widen and info.dtype in FLOATING and info.dtype != "F64" else info.dtype)
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
