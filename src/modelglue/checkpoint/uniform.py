@@ -6,11 +6,13 @@ every device, and independent of chunks, threads and order, because no state is 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from modelglue.checkpoint.compiled import chunk_function
+from modelglue.settings import CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
     import torch
@@ -56,16 +58,33 @@ def uniforms(seed: int, name: str, stream: int, start: int, stop: int) -> torch.
     digest = hashlib.sha256(f"{seed}\0{name}\0{stream}\0{window}".encode()).digest()
     before = int.from_bytes(digest[:4], "little", signed=True)
     between = int.from_bytes(digest[4:8], "little", signed=True)
-    return _mixed(torch.arange(start - window * _SPAN, stop - window * _SPAN, dtype=torch.int32), before, between)
+    return _mixed(_multiples(stop - start), _wrapped(before + (start - window * _SPAN) * _GOLDEN), between)
+
+
+def _multiples(length: int) -> torch.Tensor:
+    """The first multiples of the golden constant in 32 bits; what a chunk needs is kept, because every chunk needs the same."""
+    return _made(CHUNK_ELEMENTS)[:length] if length <= CHUNK_ELEMENTS else _made.__wrapped__(length)
+
+
+@functools.cache
+def _made(length: int) -> torch.Tensor:
+    import torch
+
+    return torch.arange(length, dtype=torch.int32).mul_(_GOLDEN)
+
+
+def _wrapped(value: int) -> int:
+    """The signed 32-bit integer that integer arithmetic would have left."""
+    return (value + 2**31) % 2**32 - 2**31
 
 
 @chunk_function
-def _mixed(positions: torch.Tensor, before: int, between: int) -> torch.Tensor:
-    """int32 positions [length] to float32 numbers; the key's halves are signed 32-bit integers."""
+def _mixed(multiples: torch.Tensor, before: int, between: int) -> torch.Tensor:
+    """int32 multiples [length] of the golden constant to float32 numbers; the key and the first position are in signed 32-bit integers."""
     import torch
 
-    x = positions * _GOLDEN
-    _xorshift(x.add_(before), 16)
+    x = multiples + before
+    _xorshift(x, 16)
     _xorshift(x.mul_(_FIRST).add_(between), 15)
     _xorshift(x.mul_(_SECOND), 16)
     return _shifted(x, 8).to(torch.float32).mul_(2.0**-24)

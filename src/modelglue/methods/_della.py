@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from modelglue.methods._random import Chances
 from modelglue.methods._ranks import by_rank
 
 if TYPE_CHECKING:
@@ -15,23 +16,27 @@ if TYPE_CHECKING:
 Rows = Literal["flat", "axis1"]
 
 
-def chances(model: Tensor, base: Tensor, position: int, parameters: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """p = density - epsilon + 2 epsilon r / (c - 1) for every entry of chunks [count, *channel], r its rank 0 .. c-1 of |model - base|."""
+def _by_rank(magnitude: Tensor | None, position: int, parameters: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """p = density - epsilon + 2 epsilon r / (c - 1) for every entry of a chunk [count, *channel], r its rank 0 .. c-1 in its row."""
     import numpy as np
     import torch
 
+    assert magnitude is not None
     density, epsilon = parameters["density"][position], parameters["epsilon"][position]
-    magnitude = (model - base).abs_().to(torch.float32).cpu().numpy()
-    shape = magnitude.shape
-    strided = parameters["rows"] == "axis1" and magnitude.ndim > 2
+    scores = magnitude.to(torch.float32).cpu().numpy()
+    shape = scores.shape
+    strided = parameters["rows"] == "axis1" and scores.ndim > 2
     if strided:
-        magnitude = np.moveaxis(magnitude, 1, -1)
-    turned = magnitude.shape
-    magnitude = np.ascontiguousarray(magnitude).reshape(-1, turned[-1] if strided else math.prod(turned[1:]))
-    c = magnitude.shape[1]
+        scores = np.moveaxis(scores, 1, -1)
+    turned = scores.shape
+    scores = np.ascontiguousarray(scores).reshape(-1, turned[-1] if strided else math.prod(turned[1:]))
+    c = scores.shape[1]
     spread = np.linspace(-epsilon, epsilon, c) if c > 1 else np.zeros(1)
-    found = by_rank(magnitude, (density + spread).astype(np.float32)).reshape(turned)
+    found = by_rank(scores, (density + spread).astype(np.float32)).reshape(turned)
     return np.ascontiguousarray(np.moveaxis(found, -1, 1) if strided else found).reshape(shape)
+
+
+BY_RANK = Chances(_by_rank, by_magnitude=True)
 
 
 def window_fits(parameters: Mapping[str, Any], models: Sequence[str]) -> list[str]:

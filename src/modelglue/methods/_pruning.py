@@ -31,15 +31,14 @@ def length_round(
 
     def gather(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> Any:
         pruned = prune(models, base, uniform, known, start, parameters)
-        return [None if p is None else lengths(model - base, p) for model, p in zip(models, pruned, strict=True)]
+        return [None if p is None else (sums((model - base).abs_()), sums(p.abs())) for model, p in zip(models, pruned, strict=True)]
 
     return Round(gather, length_ratios, scope, unit=unit)
 
 
-def lengths(delta: Tensor, pruned: Tensor) -> tuple[list[float], list[float]]:
-    """The L1 norms of a chunk before and after pruning, in parts."""
-    sums = block_sums if delta.dim() == 1 else row_sums
-    return sums(delta.abs()), sums(pruned.abs())
+def sums(magnitude: Tensor) -> list[float]:
+    """The sum of a chunk in parts: per block, or per row where the chunk is whole rows."""
+    return block_sums(magnitude) if magnitude.dim() == 1 else row_sums(magnitude)
 
 
 def length_ratios(partials: Sequence[Any], known: Any, numel: int, parameters: Mapping[str, Any]) -> list[float]:

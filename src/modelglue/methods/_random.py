@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from modelglue.methods._pruning import by_length, length_ratios, lengths, scales
+from modelglue.methods._pruning import by_length, length_ratios, scales, sums
 from modelglue.methods._task_vectors import Election, add_kept
 from modelglue.methods.registry import Round, Unit
 
@@ -16,11 +16,19 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-#: (model, base, position of the model, parameters) -> the probability with which an entry stays, for all or for each
-Chances = Callable[["Tensor", "Tensor", int, Mapping[str, Any]], "float | Array"]
-
 #: what the survey dropped is remembered, one bit an entry, for so many entries; behind them it is worked out again
 _REMEMBERED = 2**28
+
+
+@dataclass(frozen=True)
+class Chances:
+    """With which probability an entry stays: `of(magnitude, position of the model, parameters)`, one number or one for each entry.
+
+    `magnitude` is |model - base| of the chunk, and None unless the chances depend on it.
+    """
+
+    of: Callable[[Tensor | None, int, Mapping[str, Any]], float | Array]
+    by_magnitude: bool
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,12 @@ class Dropped:
         return kept if len(kept) == stop - start else None
 
 
-def density_of(model: Tensor, base: Tensor, position: int, parameters: Mapping[str, Any]) -> float:
-    """DARE's `Chances`: the density, for every entry."""
+def _density(magnitude: Tensor | None, position: int, parameters: Mapping[str, Any]) -> float:
     return float(parameters["density"][position])
+
+
+#: those of DARE: the density, for every entry
+DENSITY = Chances(_density, by_magnitude=False)
 
 
 def drop_rounds(chances: Chances, parameters: Mapping[str, Any], unit: Unit = "element") -> list[Round]:
@@ -71,9 +82,10 @@ def drop_rounds(chances: Chances, parameters: Mapping[str, Any], unit: Unit = "e
                 found.append(None)
                 bits.append(None)
                 continue
-            kept = _host(uniform[position]) < chances(model, base, position, parameters)
-            delta = model - base
-            found.append(lengths(delta, delta * torch.from_numpy(kept.view(np.uint8)).to(delta.device)))
+            magnitude = (model - base).abs_()
+            kept = _host(uniform[position]) < chances.of(magnitude, position, parameters)
+            before = sums(magnitude)
+            found.append((before, sums(magnitude.mul_(torch.from_numpy(kept.view(np.uint8)).to(base.device)))))
             bits.append(np.packbits(kept) if start < _REMEMBERED // len(models) else None)
         return start, found, bits
 
@@ -112,7 +124,7 @@ def merge_dropped(
             continue
         keep = survey[0].kept(position, start, start + base.numel()) if survey else None
         if keep is None:
-            chance = chances(model, base, position, parameters)
+            chance = chances.of((model - base).abs_() if chances.by_magnitude else None, position, parameters)
             keep = (_host(uniform[position]) < chance).view(np.uint8)
             if inverse and isinstance(chance, float):
                 ratios[position] = 1.0 / chance

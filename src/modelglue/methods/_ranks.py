@@ -20,11 +20,13 @@ def by_rank(scores: Array, values: Array, lower: Literal["first", "last"] = "fir
     of the pair, so a plain sort of integers ranks exactly; numpy's is several times faster than a sort that carries an index along.
     """
     import numpy as np
+    import torch
 
     rows, c = scores.shape
     index = np.arange(c, dtype=np.int64)
     tags = index if lower == "first" else index[::-1]
     ranked = np.empty((rows, c), values.dtype)
+    values_of_row = torch.from_numpy(values).expand(rows, c)
     step = max(_AT_ONCE // max(c, 1), 1)
     keys = np.empty((min(step, rows), c), np.int64)
     for start in range(0, rows, step):
@@ -36,6 +38,5 @@ def by_rank(scores: Array, values: Array, lower: Literal["first", "last"] = "fir
         np.bitwise_and(part, 0xFFFFFFFF, out=part)
         if lower == "last":
             np.subtract(c - 1, part, out=part)
-        for row, order in enumerate(part, start):
-            ranked[row][order] = values
+        torch.from_numpy(ranked[start : start + len(part)]).scatter_(1, torch.from_numpy(part), values_of_row[: len(part)])
     return ranked

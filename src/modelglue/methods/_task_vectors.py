@@ -109,32 +109,31 @@ def _add(
     largest of them; with `normalize` it is divided by the weights of those that it is made of (1 where they sum to 0). TIES, arXiv
     2306.01708, steps 2 and 3.
     """
-    scaled = [delta * scale for delta, scale in zip(deltas, scales, strict=True)]
-    vote = scaled[0].clone()
-    for values in scaled[1:]:
-        vote += values
+    scaled = [delta.mul_(scale) for delta, scale in zip(deltas, scales, strict=True)]
+    vote = _total(scaled)
     if election == "none":
         return vote.add_(base)
-    sign = vote.sign_().mul_(2.0).add_(majority).sign_()  # +1 or -1
+    sign = vote.sign_().add_(majority / 2).sign_()  # +1 or -1
     agreeing = [values.mul_(sign).relu_() for values in scaled]  # as magnitudes, 0 where they do not agree
     merged, shares = _summed(agreeing, weight, normalize) if election == "sum" else _largest(agreeing, weight)
     if normalize:
         nobody = shares.abs().sign_().neg_().add_(1.0)  # 1 where the shares sum to 0
-        merged = merged / shares.add_(nobody)
+        merged /= shares.add_(nobody)
     return merged.mul_(sign).mul_(lambda_).add_(base)
+
+
+def _total(tensors: Sequence[Tensor]) -> Tensor:
+    """Their sum, in order, as a new tensor."""
+    result = tensors[0] + tensors[1] if len(tensors) > 1 else tensors[0].clone()
+    for values in tensors[2:]:
+        result += values
+    return result
 
 
 def _summed(agreeing: Sequence[Tensor], weight: Sequence[float], normalize: bool) -> tuple[Tensor, Tensor]:
     """The sum of what agrees, and of its weights (if they are asked for)."""
-    merged = agreeing[0].clone()
-    for values in agreeing[1:]:
-        merged += values
-    shares = merged
-    if normalize:
-        shares = agreeing[0].sign_().mul_(weight[0])
-        for values, share in zip(agreeing[1:], weight[1:], strict=True):
-            shares += values.sign_().mul_(share)
-    return merged, shares
+    merged = _total(agreeing)
+    return merged, _total([values.sign_().mul_(share) for values, share in zip(agreeing, weight, strict=True)]) if normalize else merged
 
 
 def _largest(agreeing: Sequence[Tensor], weight: Sequence[float]) -> tuple[Tensor, Tensor]:

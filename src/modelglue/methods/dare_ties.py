@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from modelglue.methods._pruning import RescaleBy
-from modelglue.methods._random import density_of, drop_rounds, merge_dropped
+from modelglue.methods._random import DENSITY, drop_rounds, merge_dropped
 from modelglue.methods.registry import PerModel, Range, Round, method, per_model
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _rounds(parameters: Mapping[str, Any]) -> list[Round]:
-    return drop_rounds(density_of, parameters)
+    return drop_rounds(DENSITY, parameters)
 
 
 @method(survey=_rounds, symmetric=False, source="DARE, arXiv 2311.03099, with the election of TIES, arXiv 2306.01708")
@@ -48,6 +48,6 @@ def dare_ties(
         rescale_by: restore the L1 norm of each vector, or divide by the density as published.
     """
     return merge_dropped(
-        models, base, uniform, survey, start, density_of, election="sum", lambda_=lambda_, weight=weight, density=density,
+        models, base, uniform, survey, start, DENSITY, election="sum", lambda_=lambda_, weight=weight, density=density,
         normalize=normalize, rescale=rescale, rescale_by=rescale_by,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from modelglue.methods._della import Rows, chances, window_fits
+from modelglue.methods._della import BY_RANK, Rows, window_fits
 from modelglue.methods._pruning import RescaleBy
 from modelglue.methods._random import drop_rounds, merge_dropped
 from modelglue.methods.registry import PerModel, Range, Round, method, per_model
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _rounds(parameters: Mapping[str, Any]) -> list[Round]:
-    return drop_rounds(chances, parameters, unit="channel")
+    return drop_rounds(BY_RANK, parameters, unit="channel")
 
 
 @method(
@@ -55,6 +55,6 @@ def della(
         rows: what a row is in tensors of more than two axes: all that belongs to one index of the first axis, or the second axis.
     """
     return merge_dropped(
-        models, base, uniform, survey, start, chances, election="sum", lambda_=lambda_, weight=weight, density=density,
+        models, base, uniform, survey, start, BY_RANK, election="sum", lambda_=lambda_, weight=weight, density=density,
         epsilon=epsilon, normalize=normalize, rescale=rescale, rescale_by=rescale_by, rows=rows,
     )  # fmt: skip
