@@ -28,7 +28,7 @@ FLOORS = {
     "errors": 0, "settings": 0,
     "checkpoint": 1,
     "methods": 2,
-    "recipe": 3,
+    "recipe": 3, "adapters": 3,
     "models": 4,
     "search": 5, "mixture": 5, "evaluation": 5, "calibration": 5, "zoo": 5,
     "glue": 6,
@@ -52,7 +52,7 @@ SHARED_ARITHMETIC_NEEDS = {
 
 HEAVY = ("torch", "transformers", "lm_eval", "datasets", "huggingface_hub", "scipy")
 #: floors whose modules must be importable in a moment
-LIGHT = {"errors", "settings", "checkpoint", "methods", "recipe", "cli", *DOOR}
+LIGHT = {"errors", "settings", "checkpoint", "methods", "recipe", "adapters", "cli", *DOOR}
 
 _REFERENCE = re.compile(r"modelglue(?:\.\w+)+(?::\w+)?")
 
