@@ -90,6 +90,7 @@ def _end_64(path: Path, stream: BinaryIO, end: int) -> tuple[int, int, int, int,
 
 def _records(path: Path, stream: BinaryIO, text: bytes, count: int, limit: int) -> dict[str, Record]:
     found: dict[str, Record] = {}
+    spans: list[tuple[int, int, str]] = []  # with the header before each record
     position = 0
     while position < len(text):
         if position + _RECORD.size > len(text):
@@ -111,11 +112,12 @@ def _records(path: Path, stream: BinaryIO, text: bytes, count: int, limit: int) 
                 f"{path}: has the record {shown(name)} compressed; weights are read where they stand. "
                 "Load the file with torch and save it again, best as safetensors."
             )
-        found[name] = Record(*_span(path, stream, raw, name, offset, plain, limit), crc)
+        found[name] = record = Record(*_span(path, stream, raw, name, offset, plain, limit), crc)
+        spans.append((offset, record.end, name))
         position = after
     if len(found) != count:
         raise _bad(path, f"has a zip directory of {len(found)} records, and its end record says {count}")
-    _check_apart(path, found)
+    _check_apart(path, spans)
     return found
 
 
@@ -162,12 +164,12 @@ def _span(path: Path, stream: BinaryIO, raw: bytes, name: str, offset: int, size
     return begin, begin + size
 
 
-def _check_apart(path: Path, found: Mapping[str, Record]) -> None:
+def _check_apart(path: Path, spans: list[tuple[int, int, str]]) -> None:
     position = 0
-    for name, record in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if record.begin < position:
+    for begin, end, name in sorted(spans):
+        if begin < position:
             raise _bad(path, f"has the record {shown(name)} over another one")
-        position = record.end
+        position = end
 
 
 def _bad(path: Path, what: str) -> CheckpointError:
