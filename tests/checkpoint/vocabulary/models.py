@@ -10,7 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as kinds
 
-from modelglue.checkpoint import TensorsCheckpoint
+from modelglue.checkpoint import Checkpoint, TensorsCheckpoint
 from tests.checkpoint.files import randn
 
 EMBEDDING, HEAD, BIAS = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"
@@ -115,5 +115,5 @@ def _ids(text: bytes) -> dict[str, int]:
     return dict(Tokenizer.from_str(text.decode()).get_vocab(with_added_tokens=True))
 
 
-def table(checkpoint: Any, name: str = EMBEDDING) -> torch.Tensor:
+def table(checkpoint: Checkpoint, name: str = EMBEDDING) -> torch.Tensor:
     return checkpoint.tensor(name).clone()

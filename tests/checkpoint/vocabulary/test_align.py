@@ -124,7 +124,7 @@ def test_equals_the_plain_implementation(
     views = [alignment.base, *alignment.models] if alignment.base is not None else list(alignment.models)
     ids = expected_ids(vocabularies, request)
     output = dressed(checkpoints[0], config=alignment.config, files=alignment.files)
-    found = vocabulary(dressed(views[0], config=alignment.config, files=alignment.files))  # type: ignore[arg-type]
+    found = vocabulary(dressed(views[0], config=alignment.config, files=alignment.files))
     assert found is not None
     assert dict(found.ids) == ids
     for name in (EMBEDDING, HEAD, BIAS):
