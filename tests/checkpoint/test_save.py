@@ -159,7 +159,7 @@ def test_plan_gives_every_element_one_aligned_place(tensors: dict[str, tuple[str
     checkpoint = TensorsCheckpoint({name: torch.zeros(shape, dtype=torch_dtype(dtype)) for name, (dtype, shape) in tensors.items()})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("modelglue.checkpoint.plan.TASK_ELEMENTS", task)
-        plan = plan_output(checkpoint, shard_bytes=shard, chunk=chunk)
+        plan = plan_output(checkpoint, shard_bytes=shard)
     assert sorted(plan.home) == sorted(tensors)
     for file in plan.shards:
         spans = sorted((offset, offset + checkpoint.info(name).nbytes) for name, offset in file.offsets.items())
@@ -167,7 +167,7 @@ def test_plan_gives_every_element_one_aligned_place(tensors: dict[str, tuple[str
         assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
         assert spans[-1][1] == file.size
         assert all(offset % ITEM_SIZE[checkpoint.info(name).dtype] == 0 for name, offset in file.offsets.items())
-    pieces = sorted(piece for job in plan.tasks for piece in job.pieces)
+    pieces = sorted(piece for job in plan.tasks for piece in job.spans)
     for name, group in itertools.groupby(pieces, key=lambda piece: piece[0]):
         ranges = [(start, stop) for _, start, stop in group]
         assert ranges[0][0] == 0

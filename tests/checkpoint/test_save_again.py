@@ -57,7 +57,7 @@ def _no_patience(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 @pytest.fixture
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models behave like large ones: many tasks, each journaled when it is done."""
-    monkeypatch.setattr(plan, "TASK_ELEMENTS", 1)
+    monkeypatch.setattr(plan, "TASK_ELEMENTS", 200)
     monkeypatch.setattr(journal, "JOURNAL_BYTES", 1)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a killed process loses nothing that it wrote; a disk does
     add = journal.Flusher.add
@@ -138,7 +138,7 @@ def test_killed_again_and_again(
         while run_in_child(lambda: save_merge(zoo, out, workers=1)) == -signal.SIGKILL:
             kills += 1
             assert not out.exists()
-    tasks = len(plan.plan_output(merge_of(zoo), chunk=200, shard_bytes=5000).tasks)
+    tasks = len(plan.plan_output(merge_of(zoo), shard_bytes=5000).tasks)
     assert kills == tasks // 2
     assert tasks > 8
     assert contents(out) == expected
@@ -181,9 +181,9 @@ def test_damaged_journal_costs_time_and_no_bytes(
 
 
 def wipe_all_but(folder: Path, checkpoint: Checkpoint, done: set[int]) -> None:
-    planned = plan.plan_output(checkpoint, chunk=200, shard_bytes=5000)
+    planned = plan.plan_output(checkpoint, shard_bytes=5000)
     for task in planned.tasks:
-        for name, start, stop in task.pieces if task.number not in done else ():
+        for name, start, stop in task.spans if task.number not in done else ():
             shard = planned.home[name]
             item = checkpoint.info(name).nbytes // max(checkpoint.info(name).numel, 1)
             with (folder / shard.file).open("r+b") as stream:
@@ -541,7 +541,7 @@ def test_disk_that_fills_up_is_a_run_error(zoo: Zoo, tmp_path: Path, workers: in
         return real(descriptor, data, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    monkeypatch.setattr(plan, "TASK_ELEMENTS", 1)
+    monkeypatch.setattr(plan, "TASK_ELEMENTS", 200)
     out = tmp_path / "work" / "out"
     assert_fails(zoo, out, RunError, f"{out}: the disk is full", "nothing was left behind", workers=workers)
 
@@ -564,7 +564,7 @@ def test_disk_that_fails_while_flushing_is_a_run_error(batches: str, zoo: Zoo, t
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(plan, "TASK_ELEMENTS", 1)
+    monkeypatch.setattr(plan, "TASK_ELEMENTS", 200)
     if batches == "in-the-thread":
         monkeypatch.setattr(journal, "JOURNAL_BYTES", 1)
     out = tmp_path / "work" / "out"
@@ -614,7 +614,7 @@ def test_name_that_no_disk_takes_is_a_user_error(zoo: Zoo, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_error_in_the_merge_leaves_nothing(zoo: Zoo, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "TASK_ELEMENTS", 1)
+    monkeypatch.setattr(plan, "TASK_ELEMENTS", 200)
     tensors = {name: zoo[2].tensor(name).clone() for name in zoo[2].names()}
     tensors["layers.1.proj.weight"][20, 5] = float("nan")
     broken = [*zoo[:2], SafetensorsCheckpoint(write_single(tmp_path / "broken", tensors)), zoo[3]]
@@ -642,7 +642,7 @@ def bug() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_bug_in_the_merge_leaves_nothing_and_is_not_dressed_up(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "TASK_ELEMENTS", 1)
+    monkeypatch.setattr(plan, "TASK_ELEMENTS", 200)
     odd = _Odd(bug)
     odd.__dict__["identity"] = "0" * 64  # hashing would read
     with pytest.raises(ZeroDivisionError, match="a bug"):
@@ -652,7 +652,7 @@ def test_bug_in_the_merge_leaves_nothing_and_is_not_dressed_up(tmp_path: Path, w
 
 def test_worker_that_dies_leaves_what_was_finished_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the message says; the output is far too small for the journal to be written before its end."""
-    monkeypatch.setattr(plan, "TASK_ELEMENTS", 1)
+    monkeypatch.setattr(plan, "TASK_ELEMENTS", 200)
     monkeypatch.setattr(staging, "_PATIENCE", 2)
     act = [lambda: os.kill(os.getpid(), signal.SIGKILL)]
     odd = _Odd(lambda: act[0]())
@@ -673,7 +673,7 @@ def test_worker_that_dies_leaves_what_was_finished_for_the_next_run(tmp_path: Pa
 @forked
 def test_workers_die_with_their_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the parent is killed, not the group: nobody writes on into a folder that the next run continues."""
-    monkeypatch.setattr(plan, "TASK_ELEMENTS", 1)
+    monkeypatch.setattr(plan, "TASK_ELEMENTS", 200)
     read, write = os.pipe()
 
     def parent() -> None:

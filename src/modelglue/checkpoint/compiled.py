@@ -44,6 +44,7 @@ _COMPILE_SECONDS = 900
 _LONGEST = 2**31 - 1
 
 _table: ContextVar[Mapping[str, str] | None] = ContextVar("table", default=None)
+_plain: ContextVar[bool] = ContextVar("plain", default=False)
 _seen: ContextVar[dict[str, tuple[str, Any]] | None] = ContextVar("seen", default=None)
 
 
@@ -96,6 +97,16 @@ def using(table: Mapping[str, str] | None) -> Iterator[None]:
         _table.reset(token)
 
 
+@contextmanager
+def plain() -> Iterator[None]:
+    """Nothing is looked up or compiled within this block: what it prepares will run on machines that may have other processors."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 def find(sample: Callable[[], Any], elements: int) -> Mapping[str, str] | None:
     """Where the compiled versions of all chunk functions that `sample()` calls are, compiling them first if that pays.
 
@@ -104,7 +115,7 @@ def find(sample: Callable[[], Any], elements: int) -> Mapping[str, str] | None:
     half a gigabyte in a process that ends before the merge begins.
     """
     mode = compile_mode()
-    if mode == "off" or (mode == "auto" and elements < _WORTH_LOADING):
+    if mode == "off" or _plain.get() or (mode == "auto" and elements < _WORTH_LOADING):
         return None
     seen: dict[str, tuple[str, Any]] = {}
     token, inner = _seen.set(seen), _table.set(None)
@@ -151,7 +162,9 @@ def _rebuilt(shape: Any, tensors: Iterator[Any], floats: Iterator[Any], integers
 def _even(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the compiled code may be given these: it trusts its caller."""
     length = tensors[0].shape[0] if tensors and tensors[0].dim() == 1 else 0
-    return 2 <= length <= _LONGEST and all(t.dim() == 1 and t.shape[0] == length and t.is_contiguous() for t in tensors)
+    return 2 <= length <= _LONGEST and all(
+        t.dim() == 1 and t.shape[0] == length and t.is_contiguous() and t.device.type == "cpu" for t in tensors
+    )
 
 
 def _numbers(floats: Sequence[float], integers: Sequence[int]) -> list[torch.Tensor]:

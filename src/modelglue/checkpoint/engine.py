@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from modelglue.checkpoint import compiled
+from modelglue.checkpoint import compiled, device
 from modelglue.checkpoint.merge_function import CannotMergeError, MergeFunction, ParameterSource, Round, Unit, unit_shape
 from modelglue.checkpoint.protocol import Checkpoint, TensorInfo
 from modelglue.checkpoint.scratch import spill
@@ -80,9 +81,16 @@ class Engine:
         self._compiled: Mapping[str, str] | None = None  # chunk functions that run compiled, found by `prepare`
         self._spilled: dict[str, list[Checkpoint]] = {}  # inputs of a surveyed tensor, the computed ones computed once
         self._whole: tuple[str, torch.Tensor] | None = None
+        self._lock = threading.RLock()  # over what is remembered: the lanes of a device read beside each other
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_surveyed": None, "_spilled": {}, "_whole": None}
+        state = {**self.__dict__, "_surveyed": None, "_spilled": {}, "_whole": None}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
 
     def prepare(self, names: Sequence[str]) -> None:
         """Run the rounds that look at the whole model, and look for compiled chunk functions; called before workers start."""
@@ -93,13 +101,33 @@ class Engine:
         if not merged:
             return
         if self._model_survey is None:
-            with single_thread():
+            with single_thread(), device.wide():
                 self._survey_model()
+        if device.current() is not None:
+            return  # what is compiled is for the processor
         elements = sum(job.outputs[name].numel for name in merged)
         smallest = min(merged, key=lambda name: (job.outputs[name].numel, name))
         numel = job.outputs[smallest].numel
         stop = numel if job.unit(smallest) == "matrix" else min(CHUNK_ELEMENTS, numel)
         self._compiled = compiled.find(lambda: self._merge(smallest, 0, stop), elements)
+
+    def working_bytes(self, name: str, elements: int) -> int:
+        """See `Checkpoint.working_bytes`: a chunk of every input in the dtype of the arithmetic, as read and as the method changes it, and
+        a few temporaries; a method that needs a whole matrix holds every input's and three more.
+        """
+        job, info = self._job, self._job.outputs[name]
+        inputs = [*(job.models[position] for position in job.members_of(name)), *([job.base] if job.base is not None else [])]
+        below = sum(checkpoint.working_bytes(name, elements) for checkpoint in inputs)
+        if name not in job.merged:
+            return below
+        item = 8 if any(checkpoint.info(name).dtype == "F64" for checkpoint in inputs) else 4
+        rounds = job.rounds(name)
+        units = {job.unit(name), *(round_.unit for round_ in rounds)}
+        if "matrix" in units:
+            return below + (len(inputs) + 3) * info.numel * item
+        part = max(math.prod(unit_shape(unit, info.shape)) for unit in units)
+        held = min(max(elements, part, SURVEY_ELEMENTS if rounds else 0), info.numel)
+        return below + (3 * len(inputs) + 8) * held * item
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements start..stop of an output tensor in its stored dtype. A range that does not respect the method's unit costs the
@@ -117,19 +145,26 @@ class Engine:
     # -- chunks ---------------------------------------------------------------------------------------------------------
 
     def _merge(self, name: str, start: int, stop: int) -> torch.Tensor:
-        job = self._job
-        info = job.outputs[name]
-        unit = job.unit(name)
+        unit = self._job.unit(name)
         if unit == "element":
             return self._merge_chunk(name, start, stop, None)
+        with device.wide():
+            return self._merge_parts(name, unit, start, stop)
+
+    def _merge_parts(self, name: str, unit: Unit, start: int, stop: int) -> torch.Tensor:
+        info = self._job.outputs[name]
         if unit != "matrix":
             shape = unit_shape(unit, info.shape)
             part = math.prod(shape)
             first, last = start // part * part, -(-stop // part) * part
             return self._merge_chunk(name, first, last, (-1, *shape))[start - first : stop - first]
-        if self._whole is None or self._whole[0] != name:
-            self._whole = (name, self._merge_chunk(name, 0, info.numel, info.shape))
-        return self._whole[1][start:stop]
+        with self._lock:
+            if self._whole is None or self._whole[0] != name:
+                self._whole = None
+                self._whole = (name, self._merge_chunk(name, 0, info.numel, info.shape))
+                if device.current() is not None:  # a lane lends its buffer
+                    self._whole = (name, self._whole[1].clone())
+            return self._whole[1][start:stop]
 
     def _merge_chunk(self, name: str, start: int, stop: int, shape: Sequence[int] | None) -> torch.Tensor:
         import torch
@@ -137,7 +172,8 @@ class Engine:
         parameters = self._job.parameters_of(name)
         survey = self._survey(name)
         models, base, uniform = self._inputs(name, start, stop, shape)
-        result = self._job.method.merge(models, base, uniform, survey, start, parameters)
+        with device.there():
+            result = self._job.method.merge(models, base, uniform, survey, start, parameters)
         dtype = torch_dtype(self._job.outputs[name].dtype)
         stored = result.reshape(-1).to(dtype)
         # The sum of a chunk is finite unless an element is not (or the sum overflows, so look again before complaining).
@@ -149,7 +185,8 @@ class Engine:
                     f"{self._job.method.id}: tensor '{name}' does not fit {kind} (largest number {largest:g}). Store a wider dtype."
                 )
             raise MergeError(f"{self._job.method.id}: tensor '{name}' comes out with NaN or infinity. Change the parameters.")
-        return stored
+        lane = device.current()
+        return stored if lane is None else lane.download(stored)
 
     def _copy(self, name: str, start: int, stop: int) -> torch.Tensor:
         import torch
@@ -192,8 +229,10 @@ class Engine:
         compute = torch.float64 if any(checkpoint.info(name).dtype == "F64" for checkpoint in inputs) else torch.float32
         labels = [*(job.labels[position] for position in job.members_of(name)), *([job.base_label] if job.base is not None else [])]
         chunks = []
-        for label, checkpoint in zip(labels, inputs, strict=True):
-            chunk = checkpoint.read(name, start, stop).to(compute)
+        lane = device.current()
+        for slot, (label, checkpoint) in enumerate(zip(labels, inputs, strict=True)):
+            values = checkpoint.read(name, start, stop)
+            chunk = (values if lane is None else lane.upload((id(self), slot), values)).to(compute)
             if not bool(torch.isfinite(chunk.sum())) and not bool(torch.isfinite(chunk).all()):
                 raise MergeError(
                     f"{label}: tensor '{name}' holds NaN or infinity near element {start + _first_bad(chunk):,}. "
@@ -205,15 +244,18 @@ class Engine:
     # -- surveys --------------------------------------------------------------------------------------------------------
 
     def _survey(self, name: str) -> list[Any]:
-        if self._model_survey is None:
-            self._survey_model()
-        if self._surveyed is None or self._surveyed[0] != name:
-            known = list(self._model_survey or [])
-            for round_ in self._job.rounds(name):
-                if round_.scope == "tensor":
-                    known.append(self._reduce(round_, [name], known))
-            self._surveyed = (name, known)
-        known = self._surveyed[1]
+        with self._lock:
+            if self._model_survey is None:
+                with device.wide():
+                    self._survey_model()
+            if self._surveyed is None or self._surveyed[0] != name:
+                known = list(self._model_survey or [])
+                for round_ in self._job.rounds(name):
+                    if round_.scope == "tensor":
+                        with device.wide():
+                            known.append(self._reduce(round_, [name], known))
+                self._surveyed = (name, known)
+            known = self._surveyed[1]
         return [result.at(name) if hasattr(result, "at") else result for result in known]
 
     def _survey_model(self) -> None:
@@ -267,7 +309,8 @@ class Engine:
             shape = {"element": None, "matrix": info.shape}.get(round_.unit, (-1, *part))
             for start, stop in _survey_chunks(info.numel, math.prod(part), begin, wanted):
                 models, base, uniform = self._inputs(name, start, stop, shape)
-                partial = round_.gather(models, base, uniform, known, begin + start, parameters)
+                with device.there():
+                    partial = round_.gather(models, base, uniform, known, begin + start, parameters)
                 if round_.fold is not None and partials:
                     partials[0] = round_.fold(partials[0], partial)
                 else:
@@ -291,17 +334,19 @@ class Engine:
         rounds = job.rounds(name)
         if not rounds or not any(checkpoint.computed(name) for checkpoint in inputs):
             return inputs
-        if name not in self._spilled:
-            if not any(round_.scope == "model" for round_ in rounds):
-                self._spilled.clear()
-            self._spilled[name] = [spill(c, name) if c.computed(name) else c for c in inputs]
-        return self._spilled[name]
+        with self._lock:
+            if name not in self._spilled:
+                if not any(round_.scope == "model" for round_ in rounds):
+                    self._spilled.clear()
+                self._spilled[name] = [spill(c, name) if c.computed(name) else c for c in inputs]
+            return self._spilled[name]
 
 
 def _survey_chunks(numel: int, part: int, begin: int, wanted: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
     """The chunks that a round visits: whole parts, all of them or those that the wanted ranges (shifted by `begin`) touch, once each."""
     if wanted is None:
-        step = max(SURVEY_ELEMENTS // part, 1) * part if part else 1
+        most = SURVEY_ELEMENTS if device.current() is None else max(SURVEY_ELEMENTS, device.DEVICE_CHUNK_ELEMENTS)
+        step = max(most // part, 1) * part if part else 1
         return [(at, min(at + step, numel)) for at in range(0, numel, step)]
     chunks: list[tuple[int, int]] = []
     for a, b in wanted:
@@ -328,7 +373,11 @@ class _Uniforms(Sequence["torch.Tensor"]):
         return len(self.streams)
 
     def __getitem__(self, position: Any) -> Any:
-        numbers = self.source.numbers(self.name, self.streams[position], self.start, self.stop)
+        with device.there():
+            numbers = self.source.numbers(self.name, self.streams[position], self.start, self.stop)
+        lane = device.current()
+        if lane is not None:
+            numbers = numbers.to(lane.device)
         return numbers if self.shape is None else numbers.view(tuple(self.shape))
 
 

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from modelglue.checkpoint.device import lanes_of, pipelined
 from modelglue.checkpoint.plan import Plan, Task
 from modelglue.checkpoint.protocol import Checkpoint
+from modelglue.checkpoint.workers import worker_number
+from modelglue.errors import RunError
 
 _STEP = 2**20
 
 
 @dataclass(frozen=True)
 class Filling:
-    """What all tasks of one output share."""
+    """What all tasks of one output share.
+
+    `chunk`: elements computed at a time. `devices`: where, one for each worker in turn; none is the processor. `durable`: a task's bytes
+    are on the disk before it is reported done, which who journals on another machine could not see to.
+    """
 
     checkpoint: Checkpoint
     plan: Plan
     folder: Path
+    chunk: int
+    devices: tuple[str, ...] = ()
+    durable: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,29 +53,43 @@ def fill(state: Filling, task: Task | Digest) -> dict[str, str]:
 def whole_tensors(checkpoint: Checkpoint, task: Task) -> set[str]:
     """The tensors all of whose elements are in this task."""
     elements: dict[str, int] = {}
-    for name, start, stop in task.pieces:
+    for name, start, stop in task.spans:
         elements[name] = elements.get(name, 0) + stop - start
     return {name for name, count in elements.items() if count == checkpoint.info(name).numel}
+
+
+def chunks_of(checkpoint: Checkpoint, task: Task, chunk: int) -> list[tuple[str, int, int]]:
+    """The task's spans cut into pieces of about `chunk` elements, as the expression's methods want them."""
+    return [
+        (name, max(start, first), min(stop, last))
+        for name, first, last in task.spans
+        for start, stop in checkpoint.pieces(name, chunk)
+        if start < last and stop > first
+    ]
 
 
 def _write_pieces(state: Filling, task: Task) -> dict[str, str]:
     import torch
 
     checkpoint, plan = state.checkpoint, state.plan
+    if state.durable and not state.folder.is_dir():
+        raise RunError(f"{socket.gethostname()}: does not see the folder {state.folder}. Choose one on a disk that all machines share.")
+    lanes = lanes_of(state.devices[worker_number() % len(state.devices)] if state.devices else None)
     hashers = {name: hashlib.sha256() for name in whole_tensors(checkpoint, task)}
     descriptors: dict[str, int] = {}
     try:
-        for name, start, stop in task.pieces:
-            if stop == start:
-                continue
+        chunks = chunks_of(checkpoint, task, state.chunk)
+        for (name, start, _), values in pipelined(chunks, lambda chunk: checkpoint.read(*chunk), lanes):
             shard = plan.home[name]
             if shard.file not in descriptors:
                 descriptors[shard.file] = os.open(state.folder / shard.file, os.O_WRONLY)
-            values = checkpoint.read(name, start, stop)
             data = values.view(torch.uint8).numpy().data
             _write_at(descriptors[shard.file], data, shard.offsets[name] + start * values.element_size())
             if name in hashers:
                 hashers[name].update(data)
+        if state.durable:
+            for descriptor in descriptors.values():
+                os.fsync(descriptor)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from modelglue.checkpoint.header import Entry, is_text, read_header, shown
 from modelglue.checkpoint.identity import content_identity
-from modelglue.checkpoint.mapped import MappedFiles
+from modelglue.checkpoint.mapped import MAPPED_BYTES, MappedFiles
 from modelglue.checkpoint.protocol import ITEM_SIZE, Checkpoint, SideFile, TensorInfo
 from modelglue.checkpoint.shards import SAFETENSORS, WeightFormat, check_index, find_shards, read_object
 from modelglue.checkpoint.side_files import side_files
@@ -105,6 +105,9 @@ class DiskCheckpoint(Checkpoint):
                 raise CheckpointError(f"{path}: cannot be read ({error.strerror}), though it was there before.") from error
             lines.append(f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def working_bytes(self, name: str, elements: int) -> int:
+        return MAPPED_BYTES
 
     def describe(self) -> dict[str, Any]:
         return {"model": self._reference}

@@ -14,8 +14,8 @@ from modelglue.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-#: bytes that may be read from a file before its pages are let go; they count as private memory while one process maps them
-_MAPPED_BYTES = 2**25
+#: bytes that may be read from a model's files before their pages are let go; they count as private memory while one process maps them
+MAPPED_BYTES = 2**23
 #: what reading a few bytes may map: the kernel maps the whole block of the page cache that they stand in
 _MAPPED_AT_ONCE = 2**21
 
@@ -27,10 +27,11 @@ class MappedFiles:
         self.paths = tuple(paths)
         self._sizes = tuple(sizes)  # what the headers have promised, checked again when a file is mapped
         self._maps: dict[int, mmap.mmap] = {}
-        self._touched: dict[int, int] = {}  # bytes read since the map last let go of its pages
+        self._touched: set[int] = set()  # files read since pages were last let go
+        self._read = 0  # bytes of them
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}, "_touched": {}}
+        return {**self.__dict__, "_maps": {}, "_touched": set(), "_read": 0}
 
     def view(self, number: int, offset: int, count: int, dtype: str) -> torch.Tensor:
         """`count` elements from byte `offset` of file `number`: a view, or a copy of just these where the file has them unaligned."""
@@ -48,10 +49,12 @@ class MappedFiles:
 
         Views stay valid: a page that is touched again comes back from the page cache.
         """
-        self._touched[number] = self._touched.get(number, 0) + max(size, _MAPPED_AT_ONCE)
-        if self._touched[number] > _MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
-            self._map(number).madvise(mmap.MADV_DONTNEED)
-            self._touched[number] = 0
+        self._touched.add(number)
+        self._read += max(size, _MAPPED_AT_ONCE)
+        if self._read > MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            for touched in self._touched:
+                self._map(touched).madvise(mmap.MADV_DONTNEED)
+            self._touched, self._read = set(), 0
 
     def _map(self, number: int) -> mmap.mmap:
         if number not in self._maps:

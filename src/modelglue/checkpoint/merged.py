@@ -197,6 +197,9 @@ class MergedCheckpoint(Checkpoint):
     def computed(self, name: str) -> bool:
         return name in self._job.merged
 
+    def working_bytes(self, name: str, elements: int) -> int:
+        return self._engine.working_bytes(name, elements)
+
     def prepare(self, names: Sequence[str] | None = None) -> None:
         """Run the rounds that look at the whole model, here and in nested merges; look for compiled chunk functions."""
         for checkpoint in self._inputs():

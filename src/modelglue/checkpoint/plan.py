@@ -11,7 +11,6 @@ from typing import Any
 
 from modelglue.checkpoint.protocol import ITEM_SIZE, PACKED_BITS, Checkpoint
 from modelglue.errors import CheckpointError
-from modelglue.settings import CHUNK_ELEMENTS
 
 #: elements that one task writes at least, when tensors are small enough to be bundled
 TASK_ELEMENTS = 2**23
@@ -31,10 +30,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Task:
-    """A bundle of pieces, (tensor, start, stop) in elements, done by one worker and journaled as one."""
+    """A bundle of spans, (tensor, start, stop) in elements, done by one worker, in whatever chunks, and journaled as one."""
 
     number: int
-    pieces: tuple[tuple[str, int, int], ...]
+    spans: tuple[tuple[str, int, int], ...]
     bytes: int
 
 
@@ -59,7 +58,7 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plan_output(checkpoint: Checkpoint, *, shard_bytes: int = 5_000_000_000, chunk: int = CHUNK_ELEMENTS) -> Plan:
+def plan_output(checkpoint: Checkpoint, *, shard_bytes: int = 5_000_000_000) -> Plan:
     """Divide the tensors, in the order of their names, into shards of at most `shard_bytes` (a larger tensor has its own)."""
     groups: list[list[str]] = [[]]
     filled = 0
@@ -80,7 +79,7 @@ def plan_output(checkpoint: Checkpoint, *, shard_bytes: int = 5_000_000_000, chu
     total = len(groups)
     files = ["model.safetensors"] if total == 1 else [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
     shards = tuple(_plan_shard(checkpoint, file, names) for file, names in zip(files, groups, strict=True))
-    return Plan(shards, tuple(_plan_tasks(checkpoint, shards, chunk)))
+    return Plan(shards, tuple(_plan_tasks(checkpoint, shards)))
 
 
 def tensor_file(checkpoint: Checkpoint) -> bytes:
@@ -114,26 +113,24 @@ def _plan_shard(checkpoint: Checkpoint, file: str, names: Sequence[str]) -> Shar
     return Shard(file, prefix, {name: start + offset for name, offset in relative.items()}, start + position)
 
 
-def _plan_tasks(checkpoint: Checkpoint, shards: Sequence[Shard], chunk: int) -> list[Task]:
+def _plan_tasks(checkpoint: Checkpoint, shards: Sequence[Shard]) -> list[Task]:
     """Bundles of about equal size. A tensor stays whole that only one worker may handle, or that is not much larger than a bundle.
 
-    The largest come first.
+    The largest come first. How they are cut into chunks is not part of the plan: a killed save may be continued with other chunks.
     """
     bundles: list[list[tuple[str, int, int]]] = []
     for shard in shards:
         bundle: list[tuple[str, int, int]] = []
         filled = 0
         for name in shard.offsets:
-            whole = not checkpoint.splittable(name) or checkpoint.info(name).numel <= _WHOLE_TASKS * TASK_ELEMENTS
-            for start, stop in checkpoint.pieces(name, chunk):
+            numel = checkpoint.info(name).numel
+            whole = not checkpoint.splittable(name) or numel <= _WHOLE_TASKS * TASK_ELEMENTS
+            for start, stop in [(0, numel)] if whole else checkpoint.pieces(name, TASK_ELEMENTS):
                 bundle.append((name, start, stop))
                 filled += stop - start
-                if filled >= TASK_ELEMENTS and not whole:
+                if filled >= TASK_ELEMENTS:
                     bundles.append(bundle)
                     bundle, filled = [], 0
-            if filled >= TASK_ELEMENTS:
-                bundles.append(bundle)
-                bundle, filled = [], 0
         if bundle:
             bundles.append(bundle)
     sized = [(sum((b - a) * ITEM_SIZE[checkpoint.info(n).dtype] for n, a, b in bundle), bundle) for bundle in bundles]

@@ -146,6 +146,13 @@ class Checkpoint(ABC):
         """Whether reading this tensor costs arithmetic; who reads it more than once then keeps what it read."""
         return False
 
+    def working_bytes(self, name: str, elements: int) -> int:
+        """About how much private memory reading `elements` of this tensor at a time takes, beside what comes out of it.
+
+        Whoever computes says what for; whoever reads a file, the pages that it keeps mapped.
+        """
+        return 3 * 8 * elements if self.computed(name) else 0
+
     def prepare(self, names: Sequence[str] | None = None) -> None:  # noqa: B027 - most checkpoints have nothing to prepare
         """Gather what must be known of the whole model before any tensor can be read; called before workers start."""
 

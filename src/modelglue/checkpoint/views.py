@@ -50,6 +50,9 @@ class RenamedCheckpoint(Checkpoint):
     def computed(self, name: str) -> bool:
         return self._source.computed(self._find(name))
 
+    def working_bytes(self, name: str, elements: int) -> int:
+        return self._source.working_bytes(self._find(name), elements)
+
     def prepare(self, names: Sequence[str] | None = None) -> None:
         wanted = self._old if names is None else names
         self._source.prepare(sorted({self._find(name) for name in wanted}))
@@ -121,6 +124,10 @@ class JoinedCheckpoint(Checkpoint):
     def computed(self, name: str) -> bool:
         part, old = self._find(name)
         return part.computed(old)
+
+    def working_bytes(self, name: str, elements: int) -> int:
+        part, old = self._find(name)
+        return part.working_bytes(old, elements)
 
     def prepare(self, names: Sequence[str] | None = None) -> None:
         asked = self._where.keys() if names is None else set(names)

@@ -23,6 +23,7 @@ OnDone: TypeAlias = Callable[[Any, Any], Iterable[Any] | None]
 
 #: state that tasks share; set before workers start, so that a forked worker has it for nothing
 _state: Any = None
+_number = 0
 
 
 def run_tasks(
@@ -32,11 +33,17 @@ def run_tasks(
     *,
     workers: int,
     on_done: OnDone,
+    cost: Callable[[Any], int] | None = None,
+    capacity: int = 0,
+    spawn: bool = False,
 ) -> None:
     """Call `function(state, task)` for every task, in `workers` processes; `on_done(task, result)` runs here, as they end.
 
     What `on_done` returns are further tasks, which come next. With one worker everything runs in this process. A worker that dies
     raises WorkerDiedError; an exception of a task is raised here as it is. Tasks are started in the order given: put long ones first.
+
+    With `cost`, tasks are in work together only while their costs sum to at most `capacity`; one alone always may. `spawn` starts
+    workers afresh instead of forking them, which a process that has used an accelerator must.
     """
     if workers <= 1 or len(tasks) <= 1:
         with single_thread():
@@ -47,12 +54,14 @@ def run_tasks(
         return
     global _state
     _state = (function, state)
-    pool = ProcessPoolExecutor(workers, mp_context=_context(), initializer=_start, initargs=(_start_argument(function, state),))
+    context = _context(spawn)
+    given = None if context.get_start_method() == "fork" else (function, state)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(given, context.Value("i", 0)))
     try:
         with warnings.catch_warnings():
             # Forking a process that has threads is what torch's own data loader does; ours run no torch code meanwhile.
             warnings.simplefilter("ignore", DeprecationWarning)
-            _drive(pool, tasks, workers, on_done)
+            _drive(pool, tasks, workers, on_done, cost, capacity)
     except BrokenProcessPool as error:
         raise WorkerDiedError(
             "a worker process died, probably for want of memory. Run it again with fewer --workers; the finished part is kept."
@@ -66,32 +75,44 @@ def run_tasks(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _drive(pool: ProcessPoolExecutor, tasks: Sequence[Any], workers: int, on_done: OnDone) -> None:
+def _drive(
+    pool: ProcessPoolExecutor, tasks: Sequence[Any], workers: int, on_done: OnDone, cost: Callable[[Any], int] | None, capacity: int
+) -> None:
     running: dict[Future[Any], Any] = {}
     waiting = deque(tasks)
+    spent: dict[Future[Any], int] = {}
     while running or waiting:
-        while waiting and len(running) < 2 * workers:  # one in work and one in hand per worker
+        while waiting and len(running) < (2 * workers if cost is None else workers):  # one in work and one in hand per worker
+            price = 0 if cost is None else cost(waiting[0])
+            if running and cost is not None and sum(spent.values()) + price > capacity:
+                break
             task = waiting.popleft()
-            running[pool.submit(_work, task)] = task
+            future = pool.submit(_work, task)
+            running[future], spent[future] = task, price
         for future in wait(running, return_when=FIRST_COMPLETED).done:
+            del spent[future]
             waiting.extendleft(on_done(running.pop(future), future.result()) or ())
 
 
-def _context() -> multiprocessing.context.BaseContext:
+def _context(spawn: bool) -> multiprocessing.context.BaseContext:
     """Fork where it is safe and cheap (Linux, no CUDA context): a spawned worker would import torch for seconds."""
     torch = sys.modules.get("torch")
     cuda = torch is not None and torch.cuda.is_initialized()
-    return multiprocessing.get_context("fork" if sys.platform.startswith("linux") and not cuda else "spawn")
+    return multiprocessing.get_context("fork" if sys.platform.startswith("linux") and not cuda and not spawn else "spawn")
 
 
-def _start_argument(function: Any, state: Any) -> Any:
-    return None if _context().get_start_method() == "fork" else (function, state)
+def worker_number() -> int:
+    """Which worker this process is, from 0; 0 as well where tasks run in the calling process."""
+    return _number
 
 
-def _start(argument: Any) -> None:
-    global _state
+def _start(argument: Any, started: Any) -> None:
+    global _state, _number
     if argument is not None:
         _state = argument
+    with started.get_lock():
+        _number = started.value
+        started.value += 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if sys.platform.startswith("linux"):
         libc = ctypes.CDLL(None)

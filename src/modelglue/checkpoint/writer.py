@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from modelglue.checkpoint.card import model_card
-from modelglue.checkpoint.fill import Digest, Filling, fill, whole_tensors
+from modelglue.checkpoint.execution import Execution, execution_of
+from modelglue.checkpoint.fill import Digest, Filling
 from modelglue.checkpoint.folder import INDEX, SafetensorsCheckpoint
+from modelglue.checkpoint.hashing import Hashing
 from modelglue.checkpoint.identity import remember_identity
 from modelglue.checkpoint.journal import Entry, Flusher, Journal
 from modelglue.checkpoint.merged import ENGINE_VERSION
@@ -28,10 +30,9 @@ from modelglue.checkpoint.protocol import Checkpoint, SideFile
 from modelglue.checkpoint.record import RECORD_FILE, record
 from modelglue.checkpoint.reference import reference_from
 from modelglue.checkpoint.staging import JOURNAL, LOCK, check_apart, json_bytes, staged
-from modelglue.checkpoint.workers import run_tasks
 from modelglue.checkpoint.yaml_text import yaml_text
 from modelglue.errors import CheckpointError, RunError
-from modelglue.settings import CHUNK_ELEMENTS, SMALL_OUTPUT_BYTES, cache_dir, default_workers
+from modelglue.settings import cache_dir
 
 RECIPE_FILE = "modelglue_recipe.yaml"
 
@@ -55,14 +56,22 @@ def save(
     overwrite: bool = False,
     workers: int | None = None,
     shard_bytes: int = 5_000_000_000,
-    chunk: int = CHUNK_ELEMENTS,
+    chunk: int | None = None,
+    memory: int | None = None,
+    device: str | None = None,
+    executor: str | None = None,
     recipe_text: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SaveReport:
-    """Write `checkpoint` as an ordinary Hugging Face folder; equal inputs give equal bytes, whatever `workers` and `chunk`.
+    """Write `checkpoint` as an ordinary Hugging Face folder; equal inputs give equal bytes, whatever `workers`, `chunk` and `memory`.
 
     Time: every input byte is read as often as the expression's method needs it (once for linear), every output byte is written
-    once. Memory: O(chunk x inputs) in each worker, whatever the size of the model. `progress(done, total)` gets bytes.
+    once and hashed for the record (about 0.5 s a gigabyte, beside the writing). Memory: O(chunk x inputs) in each worker, whatever the
+    size of the model: below `memory` bytes of private memory over all processes, by default below a gigabyte for methods that need no
+    whole matrices, and for those below (inputs + 3) times the largest matrix if that is more. `progress(done, total)` gets bytes.
+
+    `device`: "cuda", "cuda:0,cuda:1", ... merges there, in chunks of 16 Mi elements, one worker for each device; results equal the
+    processor's within one rounding. `executor`: "ray" or "ray://HOST:PORT" spreads tasks over a Ray cluster on a shared disk.
 
     The recipe in the folder (unless `recipe_text` is given) refers to local models by paths that are relative to the folder;
     absolute paths and hub ids stay as they are.
@@ -73,19 +82,17 @@ def save(
     WorkerDiedError leaves what was finished to the next call.
     """
     directory = Path(directory)
-    plan = plan_output(checkpoint, shard_bytes=shard_bytes, chunk=chunk)
+    plan = plan_output(checkpoint, shard_bytes=shard_bytes)
     check_apart(directory, [(source.describe()["model"], place) for source in checkpoint.sources() for place in source.places])
     references = _references_from(checkpoint, directory)
     recipe = recipe_text if recipe_text is not None else yaml_text(_renamed(checkpoint.describe(), references))
-    # Chunking is part of the key because it shapes the journal's tasks; it never shapes the bytes.
     key = hashlib.sha256(f"{ENGINE_VERSION}\n{plan.digest}\n{checkpoint.stamp}\n{recipe}".encode()).hexdigest()
     if _is_complete(directory, key, plan):
         return SaveReport(directory, len(plan.home), plan.tensor_bytes, len(plan.shards), 0, True)
-    if workers is None:
-        workers = 1 if plan.tensor_bytes < SMALL_OUTPUT_BYTES else default_workers()
+    execution = execution_of(checkpoint, plan, workers=workers, chunk=chunk, memory=memory, device=device, executor=executor)
     made = _made_files(checkpoint, plan, recipe, references)
     with staged(directory, key=key, overwrite=overwrite) as folder:
-        resumed, digests = _write_shards(Filling(checkpoint, plan, folder), workers, progress)
+        resumed, digests = _write_shards(execution.filling(checkpoint, plan, folder), execution, progress)
         made[RECORD_FILE] = record(checkpoint, made[RECIPE_FILE], digests)
         _write_side_files(checkpoint.files, made, folder)
         _remember_complete(directory, folder, key)
@@ -116,7 +123,7 @@ def _renamed(description: Any, references: Mapping[str, str]) -> Any:
     }
 
 
-def _write_shards(filling: Filling, workers: int, progress: Callable[[int, int], None] | None) -> tuple[int, dict[str, str]]:
+def _write_shards(filling: Filling, execution: Execution, progress: Callable[[int, int], None] | None) -> tuple[int, dict[str, str]]:
     """Fill the preallocated shards; return the bytes that an earlier process had already written, and every tensor's SHA-256."""
     checkpoint, plan, folder = filling.checkpoint, filling.plan, filling.folder
     journal = Journal(folder / JOURNAL, plan.digest)
@@ -131,11 +138,11 @@ def _write_shards(filling: Filling, workers: int, progress: Callable[[int, int],
     resumed = plan.tensor_bytes - sum(task.bytes for task in waiting)
     written = resumed
     digests = {name: value for name, value in journal.digests.items() if name in plan.home}
-    hashing = _Hashing(checkpoint, plan, waiting, digests)
+    hashing = Hashing(checkpoint, plan, waiting, digests)
     if progress:
         progress(written, plan.tensor_bytes)
     if waiting:
-        checkpoint.prepare(sorted({name for task in waiting for name, _, _ in task.pieces}))
+        execution.prepare(checkpoint, sorted({name for task in waiting for name, _, _ in task.spans}))
     with Flusher([folder / shard.file for shard in plan.shards], journal) as flusher:
 
         def on_done(task: Task | Digest, result: dict[str, str]) -> Sequence[Digest]:
@@ -150,39 +157,8 @@ def _write_shards(filling: Filling, workers: int, progress: Callable[[int, int],
                 progress(written, plan.tensor_bytes)
             return hashing.after(task)
 
-        run_tasks(fill, filling, [*hashing.ready(), *waiting], workers=workers, on_done=on_done)
+        execution.run(filling, [*hashing.ready(), *waiting], on_done)
     return resumed, digests
-
-
-class _Hashing:
-    """Which tensors several tasks write, and when the last of these tasks is done."""
-
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, waiting: Sequence[Task], known: Mapping[str, str]) -> None:
-        self._left: dict[str, set[int]] = {}
-        for task in plan.tasks:
-            whole = whole_tensors(checkpoint, task)
-            for name in {name for name, _, _ in task.pieces} - whole - set(known):
-                self._left.setdefault(name, set())
-        for task in waiting:
-            for name in {name for name, _, _ in task.pieces} & set(self._left):
-                self._left[name].add(task.number)
-        # a task that was done before its hashes were known cannot be: they stand in one line of the journal
-
-    def ready(self) -> list[Digest]:
-        """What can be hashed now."""
-        return self._take(sorted(name for name, tasks in self._left.items() if not tasks))
-
-    def after(self, task: Task) -> list[Digest]:
-        """What can be hashed once `task` is done as well."""
-        names = {name for name, _, _ in task.pieces} & set(self._left)
-        for name in names:
-            self._left[name].discard(task.number)
-        return self._take(sorted(name for name in names if not self._left[name]))
-
-    def _take(self, names: Sequence[str]) -> list[Digest]:
-        for name in names:
-            del self._left[name]
-        return [Digest(name) for name in names]
 
 
 def _is_there(folder: Path, shard: Shard) -> bool:
