@@ -40,6 +40,9 @@ OPTIONS = {
     "diff": "--a --b --tensors --out --overwrite --workers --json --quiet",
     "verify": "--folder --quick --workers --json --quiet",
     "push": "--folder --repository --private --revision --message --json --quiet",
+    "extract-lora": "--model --base --out --rank --energy --sv-epsilon --include --exclude --embed-lora --skip-others --scale-in-a --exact "
+    "--dtype --base-name --workers --overwrite --json --quiet",
+    "merge-adapters": "ADAPTERS --out --weights --mode --density --majority-sign --rank --clamp --seed --dtype --overwrite --json --quiet",
     "similarity": "MODELS --zoo --mode --scope --base --threshold --linkage --out --overwrite --json --quiet",
     "eval": "MODELS --tasks --include --store --json --quiet",
     "generate": "--model PROMPTS --max-new-tokens --until --json --quiet",
@@ -151,7 +154,10 @@ def test_commands_have_machine_readable_output(command: str) -> None:
 def test_every_method_is_documented_for_the_command_line() -> None:
     from modelglue.methods import all_methods
 
-    assert [method.id for method in all_methods()] == ["dare_ties", "linear", "model_stock", "slerp", "task_arithmetic", "ties"]
+    assert [method.id for method in all_methods()] == [
+        "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear", "karcher", "linear",
+        "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl", "sce", "slerp", "task_arithmetic", "ties",
+    ]  # fmt: skip
     for method in all_methods():
         assert method.summary.endswith("."), method.id
         assert method.source, method.id

@@ -37,7 +37,7 @@ def open_checkpoint(reference: str | Path, *, relative_to: Path | None = None, h
         faults.append(str(error))
     for adapter in adapters:
         try:
-            folders.append(_local(adapter, relative_to) or hub.adapter_folder(_hub_reference(adapter, relative_to)))
+            folders.append(resolve_adapter(adapter, relative_to))
         except UserError as error:
             faults.append(str(error))
     if opened is None or faults:
@@ -55,6 +55,11 @@ def resolve(reference: str, relative_to: Path | None = None) -> Path:
     never taken for a hub id.
     """
     return _local(reference, relative_to) or hub.model_folder(_hub_reference(reference, relative_to))
+
+
+def resolve_adapter(reference: str, relative_to: Path | None = None) -> Path:
+    """The folder of the adapter that `reference` means: a local path, or a hub id as for models."""
+    return _local(reference, relative_to) or hub.adapter_folder(_hub_reference(reference, relative_to))
 
 
 def split_reference(reference: str, relative_to: Path | None = None) -> list[str]:

@@ -34,6 +34,8 @@ COMMANDS = {
     "diff": ("modelglue.cli.diff:diff", "Show where two models differ, by layer and role."),
     "verify": ("modelglue.cli.verify:verify", "Hash every tensor of an output and compare it with its record."),
     "push": ("modelglue.cli.push:push", "Upload an output to the hub."),
+    "extract-lora": ("modelglue.cli.extract_lora:extract_lora", "Extract a LoRA adapter from a model and its base."),
+    "merge-adapters": ("modelglue.cli.merge_adapters:merge_adapters", "Combine LoRA adapters of one base into one adapter."),
     "similarity": ("modelglue.cli.similarity:similarity", "Compare the weights of models and find the families."),
     "eval": ("modelglue.cli.eval:evaluate", "Score models on lm-evaluation-harness tasks."),
     "generate": ("modelglue.cli.generate:generate", "Continue prompts, greedily, and print the continuations."),
