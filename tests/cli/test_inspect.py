@@ -85,8 +85,8 @@ def test_json(run: Run, zoo: Path) -> None:
     [
         ({"vocab_size": 9}, {}, "8 tokens, ids to 7; 8 embedding rows, vocab_size 9"),
         ({}, {"model.embed_tokens.weight": (5, 6)}, "8 tokens, ids to 7; 5 embedding rows, vocab_size 8; some tokens have no row"),
-        ({"text_config": {"vocab_size": 7}}, {}, "8 tokens, ids to 7; 8 embedding rows, vocab_size 7"),
-        ({"words": None}, {}, "no tokenizer.json; 8 embedding rows"),
+        ({"vocab_size": None, "text_config": {"vocab_size": 7}}, {}, "8 tokens, ids to 7; 8 embedding rows, vocab_size 7"),
+        ({"words": None}, {}, "no tokenizer; 8 embedding rows"),
     ],
 )
 def test_vocabulary(run: Run, tmp_path: Path, config: Any, weights: dict[str, tuple[int, ...]], expected: str) -> None:
@@ -163,7 +163,7 @@ def test_names_that_look_like_markup(run: Run, tmp_path: Path) -> None:
     ("name", "expected"),
     [
         ("aa", "no such file or folder. Did you mean 'a'?"),
-        ("a/config.json", "is not a .safetensors file."),
+        ("a/config.json", "is no file of weights that is known."),
         ("broken", "is too short for"),
     ],
 )

@@ -98,30 +98,28 @@ def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, int | None]:
-    """Tokens of the tokenizer, rows of the largest embedding, and what the config says; None where it is not known."""
-    from modelglue.checkpoint.tensor_names import role_of
-    from modelglue.recipe import vocabulary
+    """Tokens of the tokenizer, rows of the embedding, and what the config says; None where it is not known."""
+    from modelglue.checkpoint.vocabulary import all_tokens, tables_of
+    from modelglue.checkpoint.vocabulary.tables import config_rows
 
-    tokens = vocabulary(checkpoint)
-    embeddings = [checkpoint.info(name).shape for name in checkpoint.names() if role_of(name) == "embedding" and "position" not in name]
-    rows = [shape[0] for shape in embeddings if len(shape) == 2]
-    text = checkpoint.config.get("text_config")
-    config = {**checkpoint.config, **text} if isinstance(text, Mapping) else checkpoint.config
+    found = all_tokens(checkpoint)
     return {
-        "tokens": None if tokens is None else len(tokens),
-        "highest_id": None if tokens is None else max(tokens.values(), default=-1),
-        "rows": max(rows, default=None),
-        "config": config.get("vocab_size"),
+        "tokens": None if found is None else len(found[0]),
+        "highest_id": None if found is None else max(found[0].values(), default=-1),
+        "rows": tables_of(checkpoint).rows or None,
+        "config": config_rows(checkpoint.config),
     }
 
 
 def _head(checkpoint: Checkpoint) -> str:
-    """stored, tied (to the embedding), or none: no head and nothing said about it."""
+    """Stored, tied (to the embedding), or none: no head and nothing said about it."""
     from modelglue.checkpoint.tensor_names import role_of
+    from modelglue.checkpoint.vocabulary import tables_of
 
-    if any(role_of(name) == "head" for name in checkpoint.names()):
-        return "stored, though the config ties it" if checkpoint.config.get("tie_word_embeddings") is True else "stored"
-    return "tied" if checkpoint.config.get("tie_word_embeddings") is True else "none"
+    tied = checkpoint.config.get("tie_word_embeddings") is True
+    if tables_of(checkpoint).heads or any(role_of(name) == "head" for name in checkpoint.names()):
+        return "stored, though the config ties it" if tied else "stored"
+    return "tied" if tied else "none"
 
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -136,7 +134,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("quantised", str(method or "by a method that the config does not name")))
     found = summary["vocabulary"]
     if found["rows"] is not None or found["tokens"] is not None:
-        tokens = "no tokenizer.json" if found["tokens"] is None else f"{found['tokens']:,} tokens, ids to {found['highest_id']:,}"
+        tokens = "no tokenizer" if found["tokens"] is None else f"{found['tokens']:,} tokens, ids to {found['highest_id']:,}"
         rows = "no embedding" if found["rows"] is None else f"{found['rows']:,} embedding rows"
         said = f", vocab_size {found['config']:,}" if isinstance(found["config"], int) and found["config"] != found["rows"] else ""
         lost = found["tokens"] is not None and found["rows"] is not None and found["highest_id"] >= found["rows"]
