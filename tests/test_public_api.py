@@ -33,7 +33,7 @@ FLOOR_NAMES = {
 OPTIONS = {
     "demo": "--run --workers --overwrite --quiet --json",
     "glue": "--source --run --workers --overwrite --quiet --json",
-    "merge": "--recipe --out --workers --shard-size --overwrite --quiet --json",
+    "merge": "--recipe --out --workers --memory --device --executor --shard-size --overwrite --quiet --json",
     "check": "--recipe --workers --json",
     "methods": "--name --json",
     "inspect": "--model --tensors --identity --json",

@@ -576,7 +576,7 @@ def test_ctrl_c_keeps_what_was_done_for_the_next_run(run: Run, zoo: Path, monkey
 @pytest.mark.parametrize("text", ["", "5", "0GB", "-1GB", "GB", "5 parsecs", "1e9B", "0.5B", "nanGB", "5.5.5MB"])
 def test_shard_sizes_that_are_none(run: Run, zoo: Path, text: str) -> None:
     message = refused(run, zoo, zoo / "recipe.yaml", zoo / "out", f"--shard-size={text}")
-    assert message == f"--shard-size is '{text}'; allowed is a positive size such as 500MB or 5GB."
+    assert message == f"--shard-size is '{text}'; allowed is a positive size such as 500MB, 5GB or 2GiB."
 
 
 @pytest.mark.parametrize("text", ["500MB", "5gb", "0.5 GB", "1B", " 2 KB ", "1TB"])

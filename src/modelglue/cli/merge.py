@@ -15,6 +15,9 @@ def merge(
     out: Path,
     *,
     workers: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
+    memory: str | None = None,
+    device: str = "cpu",
+    executor: str = "local",
     shard_size: str = "5GB",
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     quiet: Annotated[bool, Parameter(negative=())] = False,
@@ -33,6 +36,13 @@ def merge(
         Folder to write: config, tokenizer, weights, recipe and card.
     workers
         Worker processes. Default: one per core, one for small models.
+    memory
+        Limit of private memory over all processes, such as 2GiB; workers and chunks are chosen for it. Default: 1GB, or what one
+        worker needs if that is more.
+    device
+        Where to compute: cpu, cuda, cuda:0,cuda:1 (one worker each), mps or another device of torch.
+    executor
+        local: processes of this machine. ray or ray://HOST:PORT: a Ray cluster on a shared disk (needs modelglue[ray]).
     shard_size
         Largest weight file, such as 500MB or 5GB.
     overwrite
@@ -47,14 +57,18 @@ def merge(
     from modelglue.recipe import build, read_with_models, warnings_of
 
     start = time.monotonic()
-    shard_bytes = _bytes(shard_size)
+    shard_bytes = _bytes(shard_size, "--shard-size")
+    limit = None if memory is None else _bytes(memory, "--memory")
     read, models = read_with_models(recipe)
     merged = build(read, resolve=models.__getitem__)
     warnings = warnings_of(list(models.values()))
     if not quiet:
         print_warnings(stderr(), warnings)
     with byte_progress(out.name, quiet=quiet or json) as progress:
-        report = save(merged, out, workers=workers, shard_bytes=shard_bytes, overwrite=overwrite, progress=progress)
+        report = save(
+            merged, out, workers=workers, memory=limit, device=device, executor=executor, shard_bytes=shard_bytes, overwrite=overwrite,
+            progress=progress,
+        )  # fmt: skip
     if json:
         print_json(
             {
@@ -68,13 +82,13 @@ def merge(
         stderr().print(f"{out}: {report.tensors} tensors, {size(report.bytes)}{resumed} ({state})", soft_wrap=True, markup=False)
 
 
-def _bytes(text: str) -> int:
+def _bytes(text: str, option: str) -> int:
     from modelglue.errors import UserError
 
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "B": 1}
     upper = text.strip().upper()
     for unit, factor in units.items():
         number = upper.removesuffix(unit).strip()
         if upper.endswith(unit) and number.replace(".", "", 1).isdigit() and float(number) * factor >= 1:
             return int(float(number) * factor)
-    raise UserError(f"--shard-size is '{text}'; allowed is a positive size such as 500MB or 5GB.")
+    raise UserError(f"{option} is '{text}'; allowed is a positive size such as 500MB, 5GB or 2GiB.")
