@@ -75,7 +75,7 @@ def test_every_name_of_a_shared_table() -> None:
     shared = torch.arange(6.0).view(3, 2)
     names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "shared.weight"]
     config = {"vocab_size": 3, "tie_word_embeddings": True}
-    whole, brief = TensorsCheckpoint({name: shared + 1 for name in names}, config), TensorsCheckpoint({"shared.weight": shared}, config)
+    whole, brief = TensorsCheckpoint(dict.fromkeys(names, shared + 1), config), TensorsCheckpoint({"shared.weight": shared}, config)
     heads = tied_heads([brief], whole)
     assert all(torch.equal(heads.models[0].tensor(name), shared) for name in names)
     assert heads.config == {}

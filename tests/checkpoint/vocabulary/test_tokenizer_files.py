@@ -159,7 +159,8 @@ def test_vocab_json_and_merges_txt(tmp_path: Path) -> None:
         return {
             "tokenizer.json": None, "vocab.json": json.dumps(value["vocab"]).encode(), "merges.txt": f"#version: 0.2\n{merges}".encode(),
             "added_tokens.json": json.dumps({extra: len(value["vocab"])}).encode(),
-            "tokenizer_config.json": b'{"tokenizer_class": "GPT2Tokenizer", "unk_token": "<unk>", "eos_token": "</s>"}',
+            "tokenizer_config.json": b'{"tokenizer_class": "GPT2Tokenizer", "unk_token": "<unk>", '
+            b'"bos_token": "</s>", "eos_token": "</s>"}',
         }  # fmt: skip
 
     first, second = files("a", 45, "<|x|>"), files("b", 60, "<|y|>")

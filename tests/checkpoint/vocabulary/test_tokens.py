@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -156,7 +157,7 @@ def test_what_is_no_sentencepiece_model(data: bytes, what: str) -> None:
 # -- tables -----------------------------------------------------------------------------------------------------------------------
 
 
-def tables(shapes: dict[str, tuple[int, ...]], **config: Any) -> tuple[int, tuple[str, ...], str | None, tuple[str, ...]]:
+def tables(shapes: Mapping[str, tuple[int, ...]], **config: Any) -> tuple[int, tuple[str, ...], str | None, tuple[str, ...]]:
     found = tables_of(TensorsCheckpoint({name: torch.zeros(shape) for name, shape in shapes.items()}, config))
     return found.rows, found.names, found.embedding, found.heads
 
@@ -174,7 +175,8 @@ def test_tables_of_the_usual_models() -> None:
         "cls.predictions.decoder.bias": (9,), "bert.pooler.dense.weight": (4, 4),
     }  # fmt: skip
     assert tables(bert, vocab_size=9) == (
-        9, ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias", "cls.predictions.decoder.bias", "cls.predictions.decoder.weight"),
+        9,
+        ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias", "cls.predictions.decoder.bias", "cls.predictions.decoder.weight"),
         "bert.embeddings.word_embeddings.weight", ("cls.predictions.decoder.weight",),
     )  # fmt: skip
     t5 = {"shared.weight": (9, 4), "encoder.embed_tokens.weight": (9, 4), "decoder.embed_tokens.weight": (9, 4), "lm_head.weight": (9, 4)}
