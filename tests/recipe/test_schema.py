@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -19,7 +19,10 @@ from tests.recipe.on_disk import write_recipe
 
 KEYS = "format, method, base, models, parameters, seed, dtype"
 NO_PARAMETER = "is no parameter of linear. Did you mean"
-METHODS = "dare_ties, linear, model_stock, slerp, task_arithmetic, ties"
+METHODS = (
+    "arcee_fusion, breadcrumbs, breadcrumbs_ties, dare_linear, dare_ties, della, della_linear, karcher, linear, model_stock, multislerp, "
+    "nearswap, nuslerp, passthrough, ram, ramplus_tl, sce, slerp, task_arithmetic, ties"
+)
 
 
 def faults(folder: Path, text: str) -> list[str]:
@@ -350,6 +353,8 @@ def _value(parameter: Any, data: st.DataObject) -> Any:
         return data.draw(st.sampled_from(parameter.choices))
     if parameter.type is bool:
         return data.draw(st.booleans())
+    if parameter.type is int:
+        return data.draw(st.integers(1, 20))
     return data.draw(numbers.map(abs).filter(lambda value: parameter.range is None or value in parameter.range))
 
 
@@ -368,6 +373,8 @@ def _recipe(data: st.DataObject, depth: int) -> dict[str, Any]:
         "parameters": {p.name: _value(p, data) for p in chosen if not p.per_model},
         "seed": data.draw(st.integers(0, 2**70)),
     }
+    own = [{key: given for key, given in entry.items() if key != "model"} for entry in value["models"]]
+    assume(not method.resolve(value["parameters"], own, ["one of them"] * count)[1])  # what single ranges cannot say
     if method.needs_base or data.draw(st.booleans()):
         value["base"] = node()
     if data.draw(st.booleans()):

@@ -46,7 +46,7 @@ def methods(name: str | None = None, *, json: Annotated[bool, Parameter(negative
         return
     method = chosen[0]
     text, _, _ = method.doc.partition("Parameters:\n")
-    console.print(f"[bold]{method.id}[/]  [dim]{escape(method.source)}[/]\n")
+    console.print(f"[bold]{method.id}[/]  [dim]{escape(method.source)}[/]\n", soft_wrap=True)
     console.print("\n\n".join(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n")), markup=False)
     table = Table("parameter", "per", "type", "default", "allowed", "", box=None, pad_edge=False)
     for parameter in method.parameters:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from modelglue.checkpoint.compiled import chunk_function
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -19,7 +17,6 @@ def changes(base: Tensor, models: Sequence[Tensor], epsilon: Any) -> list[Tensor
     return [torch.where(delta.abs() > epsilon, delta, 0.0) for delta in deltas]
 
 
-@chunk_function
 def add_changes(base: Tensor, models: Sequence[Tensor], epsilon: float, alone: Sequence[float]) -> Tensor:
     """B + where c models changed a position: the mean of their c changes, and for c = 1 the change of model i times `alone[i]`."""
     import torch

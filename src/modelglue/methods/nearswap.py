@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from modelglue.methods.registry import chunk_function, method
+from modelglue.methods.registry import method
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@chunk_function
-def _pulled(base: Tensor, model: Tensor, t: float) -> Tensor:
-    import torch
-
-    delta = model - base
-    share = (t / delta.abs().clamp(min=1e-6)).clamp(0.0, 1.0)
-    return torch.where(share >= 1.0, model, base + share * delta)
 
 
 @method(models=(1, 1), symmetric=False, source="model card of QuartetAnemoi-70B-t0.0001; no paper")
@@ -29,4 +20,8 @@ def nearswap(models: Sequence[Tensor], base: Tensor, *, t: float) -> Tensor:
     Parameters:
         t: the largest step, in units of the weights; 0 or less gives the base.
     """
-    return _pulled(base, models[0], t)
+    import torch
+
+    delta = models[0] - base
+    share = (t / delta.abs().clamp(min=1e-6)).clamp(0.0, 1.0)
+    return torch.where(share >= 1.0, models[0], base + share * delta)

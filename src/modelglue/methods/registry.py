@@ -20,7 +20,6 @@ from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 # methods take these from here: of ours they import nothing but this module
-from modelglue.checkpoint.compiled import chunk_function as chunk_function
 from modelglue.checkpoint.merge_function import CannotMergeError as CannotMergeError
 from modelglue.checkpoint.merge_function import Round as Round
 from modelglue.errors import UserError, did_you_mean

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from modelglue.methods._order_statistics import Selection
 from modelglue.methods._selection import Cuts, cut_rounds
 from modelglue.methods._sums import block_dots, total
-from modelglue.methods.registry import Range, Round, chunk_function, method
+from modelglue.methods.registry import Range, Round, method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@chunk_function
 def _variance(base: Tensor, models: Sequence[Tensor]) -> Tensor:
     """The population variance of the task vectors as float32, position by position; exactly 0 where they are equal."""
     import torch
@@ -28,7 +27,6 @@ def _variance(base: Tensor, models: Sequence[Tensor]) -> Tensor:
     return variance.to(torch.float32)
 
 
-@chunk_function
 def _fused(base: Tensor, models: Sequence[Tensor], weights: Sequence[float], smallest: float, threshold: float | None) -> Tensor:
     """B + sum of agreeing w_i D_i / sum of agreeing w_i, where the variance is above the threshold; B elsewhere."""
     import torch
@@ -41,7 +39,7 @@ def _fused(base: Tensor, models: Sequence[Tensor], weights: Sequence[float], sma
     shares = [values.sign() * weight for values, weight in zip(agreeing, weights, strict=True)]
     merged = sum(parts[1:], parts[0]) / sum(shares[1:], shares[0]).clamp(min=smallest) * sign
     if threshold is not None:
-        merged = torch.where(_variance.function(base, models) > threshold, merged, 0.0)
+        merged = torch.where(_variance(base, models) > threshold, merged, 0.0)
     return base + merged
 
 
