@@ -42,7 +42,7 @@ def merge(
     device
         Where to compute: cpu, cuda, cuda:0,cuda:1 (one worker each), mps or another device of torch.
     executor
-        local: processes of this machine. ray or ray://HOST:PORT: a Ray cluster on a shared disk (needs modelglue[ray]).
+        Where workers run: local (this machine), ray or ray://HOST:PORT (a Ray cluster on a shared disk; needs modelglue[ray]).
     shard_size
         Largest weight file, such as 500MB or 5GB.
     overwrite
