@@ -277,7 +277,7 @@ models:
 """
     assert faults(tmp_path, meaning) == [
         "r.yaml:11: models[0].model.models[0].dens: model q: 'dens' is no parameter of ties. Did you mean 'density'? Allowed: "
-        "weight, density, lambda, normalize, rescale, trim_scope, zero_sign.",
+        f"{', '.join(parameter.name for parameter in get('ties').parameters)}.",
         "r.yaml:8: models[0].model: ties needs a base model; add base: REF.",
         f"r.yaml:14: models[1].model.method: there is no merge method 'tis'. Did you mean 'ties'? Known: {METHODS}.",
         "r.yaml:5: base.models[0].weight: model y: 'weight' is required by linear and missing.",
