@@ -55,7 +55,7 @@ def test_vocabularies_must_number_alike(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{tmp_path}/swapped and {tmp_path}/a number their tokens differently (2 tokens, among them 'a': 3 and 2), "
         "so their embedding rows do not mean the same. Add `tokenizer: {source: base}` (or `source: union`) to the recipe, which aligns "
-        "rows by token; or `vocab_mismatch: truncate`, which takes the common rows as they are."
+        "rows by token; or `vocabulary_mismatch: truncate`, which takes the common rows as they are."
     )
     shorter = written(tmp_path / "shorter", words=WORDS[:-1])
     with pytest.raises(MergeError, match=r"\(1 tokens, among them 'f': None and 7\)"):

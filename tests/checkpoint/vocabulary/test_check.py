@@ -21,7 +21,7 @@ def refusal(models: list[TensorsCheckpoint], base: TensorsCheckpoint | None = No
 
 REMEDY = (
     " Add `tokenizer: {source: base}` (or `source: union`) to the recipe, which aligns rows by token; "
-    "or `vocab_mismatch: truncate`, which takes the common rows as they are."
+    "or `vocabulary_mismatch: truncate`, which takes the common rows as they are."
 )
 
 

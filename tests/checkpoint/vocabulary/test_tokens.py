@@ -34,7 +34,7 @@ def test_every_file_that_says_which_tokens_there_are() -> None:
     assert tokens({"vocab.txt": b"[PAD]\r\nthe\r\n\xe2\x80\xa8\r\n"}).ids == {"[PAD]": 0, "the": 1, "\u2028": 2}
     assert tokens({"vocab.txt": b"a\nb"}).ids == {"a": 0, "b": 1}
     pieces = append_pieces(b"", [Piece("<unk>"), Piece("\u2581a", -1.0)])
-    for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
+    for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model"):
         assert tokens({name: pieces}).ids == {"<unk>": 0, "\u2581a": 1}
     assert tokens({"tokenizer.json": b'{"model": {"vocab": [["a", 0.0], ["b", -1.0]]}}'}).ids == {"a": 0, "b": 1}
     everything = {"vocab.json": b'{"j": 0}', "vocab.txt": b"t\n", "tokenizer.model": pieces, "merges.txt": b""}
@@ -112,7 +112,7 @@ def test_pieces_are_read_as_the_format_says() -> None:
 
 
 PIECES = st.lists(
-    st.builds(Piece, st.text(st.characters(exclude_categories=("Cs",)), max_size=200), st.sampled_from([0.0, -1.5]), st.integers(1, 6)),
+    st.builds(Piece, st.text(st.characters(exclude_categories=["Cs"]), max_size=200), st.sampled_from([0.0, -1.5]), st.integers(1, 6)),
     min_size=1,
     max_size=4,
 )
@@ -176,7 +176,10 @@ def test_tables_of_the_usual_models() -> None:
     }  # fmt: skip
     assert tables(bert, vocab_size=9) == (
         9,
-        ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias", "cls.predictions.decoder.bias", "cls.predictions.decoder.weight"),
+        (
+            "bert.embeddings.word_embeddings.weight", "cls.predictions.bias", "cls.predictions.decoder.bias",
+            "cls.predictions.decoder.weight",
+        ),
         "bert.embeddings.word_embeddings.weight", ("cls.predictions.decoder.weight",),
     )  # fmt: skip
     t5 = {"shared.weight": (9, 4), "encoder.embed_tokens.weight": (9, 4), "decoder.embed_tokens.weight": (9, 4), "lm_head.weight": (9, 4)}

@@ -4,7 +4,7 @@ Only headers, configs and tokenizer files are read here; no tensor before somebo
 (`labels` names the models, then the base, in messages; every view is the very input where it would change nothing):
 
     check_vocabularies(models, base, labels)            without a tokenizer section: MergeError with the remedies, or nothing
-    truncate(models, base, labels) -> Alignment         ... unless the recipe says `vocab_mismatch: truncate`
+    truncate(models, base, labels) -> Alignment         ... unless the recipe says `vocabulary_mismatch: truncate`
     align(models, base, request, labels) -> Alignment   with one
     tied_heads(models, base) -> TiedHeads               then, before layers are sliced
     chat_template(models, output, value) -> ChatTemplate  on the finished output (its files are what will be written)

@@ -137,7 +137,7 @@ def check_vocabularies(models: Sequence[Checkpoint], base: Checkpoint | None, la
 
 _REMEDY = (
     "Add `tokenizer: {source: base}` (or `source: union`) to the recipe, which aligns rows by token; "
-    "or `vocab_mismatch: truncate`, which takes the common rows as they are."
+    "or `vocabulary_mismatch: truncate`, which takes the common rows as they are."
 )
 
 

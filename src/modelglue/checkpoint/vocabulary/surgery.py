@@ -14,6 +14,7 @@ from modelglue.checkpoint.vocabulary.pieces import CONTROL, USER_DEFINED, Piece,
 from modelglue.checkpoint.vocabulary.tokens import (
     PIECE_FILES,
     TOKENIZER_FILES,
+    UNREAD_FILES,
     Vocabulary,
     all_tokens,
     json_text,
@@ -95,8 +96,9 @@ def tokenizer_files(
             warnings += warning
     if "added_tokens.json" in files or ("tokenizer.json" not in files and change.added):
         made["added_tokens.json"] = json_text({token: change.ids[token] for token in sorted(change.added, key=change.ids.__getitem__)})
-    if made.pop("tekken.json", None) is not None:
-        warnings.append("tekken.json cannot be extended and is left out of the output; tokenizer.json is complete.")
+    for name in UNREAD_FILES:
+        if made.pop(name, None) is not None:
+            warnings.append(f"{name} cannot be made to agree with the output's vocabulary and is left out; the other files are complete.")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         for role, token in _roles(object_of(files, name) or {}).items():
             if token in removed:

@@ -14,11 +14,23 @@ from modelglue.checkpoint.vocabulary.tables import Tables, tables_of
 from modelglue.errors import CheckpointError
 
 #: sentencepiece models by the names that model folders give them
-PIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+PIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
+#: vocabularies in formats that are not read; they are copied where nothing changes
+UNREAD_FILES = (
+    "tekken.json", "tiktoken.model", "qwen.tiktoken", "source.spm", "target.spm", "bpe.codes", "dict.txt", "tokenizer.model.v1",
+    "tokenizer.model.v2", "tokenizer.model.v3",
+)  # fmt: skip
 #: everything that says which tokens there are
-VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", *PIECE_FILES, "added_tokens.json", "tekken.json")
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", *PIECE_FILES, "added_tokens.json", *UNREAD_FILES)
 #: what belongs to a tokenizer besides
-TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "normalizer.json",
+)
 
 _LARGEST_ID = 2**31
 SETTINGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -79,10 +91,11 @@ def all_tokens(checkpoint: Checkpoint) -> tuple[dict[str, int], dict[str, Mappin
 
 def unread(checkpoint: Checkpoint) -> str | None:
     """Why the vocabulary of a checkpoint is not known though it has one; None if that is not so."""
-    if "tekken.json" not in checkpoint.files or all_tokens(checkpoint) is not None:
+    name = next((name for name in UNREAD_FILES if name in checkpoint.files), None)
+    if name is None or all_tokens(checkpoint) is not None:
         return None
     return (
-        f"{file_place('tekken.json', checkpoint.files['tekken.json'])}: the vocabulary stands only in a tekken.json, which is not read. "
+        f"{file_place(name, checkpoint.files[name])}: the vocabulary stands in a {name} only, which is not read. "
         "Save the model's tokenizer with transformers (it writes a tokenizer.json), or put its tokenizer.json into the folder."
     )
 
