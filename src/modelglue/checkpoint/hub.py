@@ -28,6 +28,8 @@ _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.b
 _ALWAYS = frozenset({"config.json", "README.md", *SIDE_FILES})
 #: what every header's first request asks for: most headers are shorter
 _FIRST_BYTES = 100_000
+#: seconds until the hub counts as out of reach
+_PATIENCE = 10.0
 #: HTTP's "206 Partial Content"
 _PARTIAL = 206
 
@@ -157,7 +159,7 @@ def _list_files(reference: str) -> frozenset[str] | None:
     if constants.HF_HUB_OFFLINE:
         return None
     try:
-        files = HfApi().list_repo_files(repository, revision=revision)
+        files = [file.rfilename for file in HfApi().model_info(repository, revision=revision, timeout=_PATIENCE).siblings or ()]
     except HFValidationError as error:
         raise CheckpointError(f"'{reference}': is no local path, and no hub id either: {error}") from error
     except GatedRepoError as error:
