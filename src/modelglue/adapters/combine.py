@@ -296,12 +296,12 @@ def _decomposed(
     module: str, found: Sequence[Factors], weights: Sequence[float], streams: Sequence[int], settings: _Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The operation on whole updates, and its best approximation: A = V^T, B = U diag(s)."""
-    operation = settings.mode.removesuffix("svd").removesuffix("_")
-    if not operation:  # a weighted sum is low-rank already: no update is ever formed
+    operation = settings.mode.removesuffix("svd").removesuffix("_") or "linear"
+    if operation == "linear" and settings.clamp is None:  # a weighted sum is low-rank already: no update is ever formed
         lefts = [weight * factors.scale * factors.B.double() for factors, weight in zip(found, weights, strict=True)]
         best = truncated_product(lefts, [factors.A for factors in found], settings.rank)
-    else:
-        deltas = [factors.scale * (factors.B @ factors.A) for factors in found]
+    else:  # a clamp depends on the signs of singular vectors, which are the library's only if the same matrix is decomposed
+        deltas = [(factors.B @ factors.A) * factors.scale for factors in found]
         merged = _operated(operation, module, deltas, weights, streams, settings)
         best = truncated_svd(merged, max_rank=settings.rank, exact=True)
     A, B = best.V.T, best.U * best.s

@@ -285,6 +285,9 @@ def _assembled(
     for name in chosen.of("saved"):
         tensors[f"{PREFIX}{name}"] = job.model.tensor(name)
         reports[name] = TensorReport(name, "saved", bytes=job.model.info(name).nbytes)
+    if chosen.tied is not None:  # PEFT looks for both
+        embedding, head = chosen.tied
+        tensors[f"{PREFIX}{head}"] = job.model.tensor(embedding)
     moved, replaces = _biases(job, chosen, ranks, tensors, reports)
     for name in chosen.of("equal", "excluded", "left out", "tied"):
         reports[name] = TensorReport(name, chosen.kinds[name])
@@ -301,6 +304,7 @@ def _assembled(
         lora_bias=moved,
         bias="lora_only" if replaces else "none",
         modules_to_save=chosen.saved_modules,
+        tied=chosen.tied is not None,
     )
     return tensors, config, [reports[name] for name in sorted(reports)]
 

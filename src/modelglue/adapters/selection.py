@@ -30,6 +30,8 @@ class Selection:
     kinds: dict[str, Kind] = field(default_factory=dict)
     saved_modules: list[str] = field(default_factory=list)
     moved_biases: list[str] = field(default_factory=list)
+    #: embedding and head, if the adapter changes the one tensor that is both
+    tied: tuple[str, str] | None = None
     warnings: list[str] = field(default_factory=list)
 
     def of(self, *kinds: Kind) -> list[str]:
@@ -61,6 +63,7 @@ def select_tensors(
     _check_comparable(names, known)
     _check_patterns([*include, *exclude], names)
     heads = _tied_heads(model, base)
+    pair = _tied_pair(model, base)
     for name in names:
         module = name.rpartition(".")[0]
         if not _is_chosen(module, include, exclude):
@@ -68,13 +71,17 @@ def select_tensors(
         elif name in heads:
             chosen.kinds[name] = "tied"
         elif _is_decomposable(model, base, name, known):
-            table = _is_table(model, name)
-            chosen.kinds[name] = "lora" if not table else "embedding" if embed_lora else "saved"
+            table, tied = _is_table(model, name), pair is not None and name == pair[0]
+            chosen.kinds[name] = "lora" if not table else "embedding" if embed_lora and not tied else "saved"
         else:
             chosen.kinds[name] = "saved"
     for name in chosen.of("saved"):
         if name in known and _is_equal(model, base, name):
             chosen.kinds[name] = "equal"
+    if pair is not None and chosen.kinds.get(pair[0]) == "saved":
+        chosen.tied = pair
+        if embed_lora:
+            chosen.warnings.append(f"'{pair[0]}' is saved whole: it is tied to '{pair[1]}', and PEFT cannot hold factors for both.")
     missing = sorted(known - set(names))
     if missing:
         chosen.warnings.append(
@@ -114,6 +121,20 @@ def _is_chosen(module: str, include: Sequence[str], exclude: Sequence[str]) -> b
 
 def _fits(module: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module.rpartition(".")[2], pattern)
+
+
+def _tied_pair(model: Checkpoint, base: Checkpoint) -> tuple[str, str] | None:
+    """Embedding and head of a base in which they are one."""
+    embedding, written = naming.input_embedding(base), naming.output_head(base.names())
+    head = written or _unwritten_head(model)
+    return (embedding, head) if embedding and head and naming.is_tied(base.config, written is not None) else None
+
+
+def _unwritten_head(model: Checkpoint) -> str | None:
+    """What transformers calls the tied head of a language model, which is not written to the disk."""
+    names = model.config.get("architectures")
+    endings = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    return "lm_head.weight" if isinstance(names, list) and names and str(names[0]).endswith(endings) else None
 
 
 def _tied_heads(model: Checkpoint, base: Checkpoint) -> set[str]:

@@ -28,6 +28,7 @@ def adapter_config(
     bias: str = "none",
     modules_to_save: Sequence[str] = (),
     trainable_token_indices: Mapping[str, Sequence[int]] | None = None,
+    tied: bool = False,
 ) -> dict[str, Any]:
     """A config of PEFT's in which every update has scale 1: alpha is the rank, also where a module has another rank than `scale_one`."""
     other = {module: rank for module, rank in sorted(ranks.items()) if rank != scale_one}
@@ -36,6 +37,7 @@ def adapter_config(
         "r": scale_one, "lora_alpha": scale_one, "rank_pattern": other, "alpha_pattern": dict(other),
         "target_modules": sorted(ranks), "modules_to_save": sorted(modules_to_save) or None, "lora_dropout": 0.0, "bias": bias,
         "fan_in_fan_out": fan_in_fan_out, "use_rslora": False, "use_dora": False, "lora_bias": lora_bias, "init_lora_weights": True,
+        "ensure_weight_tying": tied,
         "trainable_token_indices": {key: list(rows) for key, rows in trainable_token_indices.items()} if trainable_token_indices else None,
     }  # fmt: skip
 
