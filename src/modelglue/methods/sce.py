@@ -20,11 +20,20 @@ def _variance(base: Tensor, models: Sequence[Tensor]) -> Tensor:
     import torch
 
     first = models[0] - base
-    apart = [model - base - first for model in models]
-    mean = sum(apart[1:], apart[0]) / len(models)
-    squares = [(values - mean).square() for values in apart]
-    variance: Tensor = sum(squares[1:], squares[0]) / len(models)
-    return variance.to(torch.float32)
+    apart = [(model - base).sub_(first) for model in models[1:]]  # the first one's is 0
+    mean = first.zero_()
+    for values in apart:
+        mean += values
+    mean /= len(models)
+    variance = mean.square()
+    for values in apart:
+        variance += values.sub_(mean).square_()
+    return variance.div_(len(models)).to(torch.float32)
+
+
+def _above(variance: Tensor, threshold: float) -> Tensor:
+    """1 where the variance is above the threshold, else 0; changes `variance`."""
+    return variance.sub_(threshold).relu_().sign_()  # a difference of floats is positive exactly when it should be
 
 
 def _fused(base: Tensor, models: Sequence[Tensor], weights: Sequence[float], smallest: float, threshold: float | None) -> Tensor:
@@ -32,15 +41,19 @@ def _fused(base: Tensor, models: Sequence[Tensor], weights: Sequence[float], sma
     import torch
 
     deltas = [model - base for model in models]
-    vote = sum(deltas[1:], deltas[0])
-    sign = torch.where(vote < 0, -1.0, 1.0).to(base.dtype)
-    agreeing = [(delta * sign).relu() for delta in deltas]
-    parts = [values * weight for values, weight in zip(agreeing, weights, strict=True)]
-    shares = [values.sign() * weight for values, weight in zip(agreeing, weights, strict=True)]
-    merged = sum(parts[1:], parts[0]) / sum(shares[1:], shares[0]).clamp(min=smallest) * sign
+    vote = deltas[0].clone()
+    for delta in deltas[1:]:
+        vote += delta
+    sign = vote.sign_().mul_(2.0).add_(1.0).sign_()  # +1 or -1
+    merged, shares = torch.zeros_like(base), torch.zeros_like(base)
+    for delta, weight in zip(deltas, weights, strict=True):
+        agreeing = delta.mul_(sign).relu_()  # what agrees, as a magnitude
+        merged += agreeing * weight
+        shares += agreeing.sign_().mul_(weight)
+    merged.div_(shares.clamp_(min=smallest)).mul_(sign)
     if threshold is not None:
-        merged = torch.where(_variance(base, models) > threshold, merged, 0.0)
-    return base + merged
+        merged *= _above(_variance(base, models), threshold)
+    return merged.add_(base)
 
 
 def _count(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> int:
@@ -65,14 +78,14 @@ def _ranks(known: Any, numel: int, parameters: Mapping[str, Any]) -> list[int | 
 
 def _energies(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> list[list[float]]:
     """Per model the sum of its squared, selected task vector, one number per block."""
-    import torch
-
     deltas = [model - base for model in models]
     if known:
         cuts: Cuts = known[4]
         variance = _variance(base, models)
-        kept = torch.cat([variance[a:b] > cuts.thresholds(start + a)[0] for a, b in cuts.stretches(start, len(base))])
-        deltas = [torch.where(kept, delta, 0.0) for delta in deltas]
+        for a, b in cuts.stretches(start, len(base)):
+            kept = _above(variance[a:b], cuts.thresholds(start + a)[0])
+            for delta in deltas:
+                delta[a:b] *= kept
     return block_dots(deltas, [(i, i) for i in range(len(deltas))])
 
 
