@@ -62,6 +62,19 @@ def size(count: int) -> str:
     return f"{value:.2f} TB"
 
 
+def parse_size(text: str, option: str) -> int:
+    """Bytes of "500MB", "5GB" or "2GiB"; UserError names the option."""
+    from modelglue.errors import UserError
+
+    units = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
+    upper = text.strip().upper()
+    for unit, factor in units.items():
+        number = upper.removesuffix(unit).strip()
+        if upper.endswith(unit) and number.replace(".", "", 1).isdecimal() and float(number) * factor >= 1:
+            return int(float(number) * factor)
+    raise UserError(f"{option} is '{text}'; allowed is a positive size such as 500MB, 5GB or 2GiB.")
+
+
 @contextmanager
 def byte_progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar for `save`, on standard error; None when quiet or not on a terminal."""
