@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from itertools import combinations
 
 import numpy as np
@@ -46,6 +47,16 @@ def test_orthogonal_task_vectors_give_the_base() -> None:
     base = torch.tensor([5.0, 5.0, 5.0])
     models = [base + torch.tensor(delta) for delta in ([1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, -1.0])]
     assert torch.equal(merge("model_stock", models, base), base)
+
+
+def test_no_ratio_is_told_by_tensor(caplog: pytest.LogCaptureFixture) -> None:
+    base, away = randn(9), randn(9, seed=1)
+    with caplog.at_level(logging.WARNING):
+        merge("model_stock", [base + away, base - away], base)
+        merge("model_stock", [base + away, base + away.roll(1)], base)
+    assert [record.getMessage() for record in caplog.records] == [
+        "model_stock: tensor 't': task vectors are so opposed that no ratio exists; the base is kept"
+    ]
 
 
 def test_opposite_task_vectors() -> None:

@@ -24,7 +24,8 @@ def _dots(models: Any, base: Any, uniform: Any, known: Any, start: int, paramete
     return block_dots([model - base for model in models], _pairs(len(models)))
 
 
-def _ratio(partials: Sequence[Any], known: Any, numel: int, parameters: Mapping[str, Any]) -> float:
+def _ratio(partials: Sequence[Any], known: Any, numel: int, parameters: Mapping[str, Any]) -> float | None:
+    """The share of the mean; None where the task vectors are so opposed that there is none."""
     count = len(partials[0]) if partials else 0
     n = int((math.isqrt(8 * count + 1) - 1) // 2)
     dots = {pair: total([partial[k] for partial in partials]) for k, pair in enumerate(_pairs(n))}
@@ -38,8 +39,14 @@ def _ratio(partials: Sequence[Any], known: Any, numel: int, parameters: Mapping[
     else:
         mean = sum(cosines) / len(cosines) if cosines else 0.0
     divisor = 1 + (n - 1) * mean
-    ratio = n * mean / divisor if abs(divisor) >= 1e-6 else 0.0
+    if abs(divisor) < 1e-6:
+        return None
+    ratio = n * mean / divisor
     return max(0.0, min(1.0, ratio)) if parameters["clip_ratio"] else ratio
+
+
+def _opposed(ratio: float | None) -> str | None:
+    return "task vectors are so opposed that no ratio exists; the base is kept" if ratio is None else None
 
 
 def _unit(parameters: Mapping[str, Any]) -> Unit:
@@ -47,7 +54,7 @@ def _unit(parameters: Mapping[str, Any]) -> Unit:
 
 
 def _rounds(parameters: Mapping[str, Any]) -> list[Round]:
-    return [] if parameters["filter_wise"] else [Round(_dots, _ratio)]
+    return [] if parameters["filter_wise"] else [Round(_dots, _ratio, note=_opposed)]
 
 
 @method(
@@ -61,7 +68,7 @@ def _rounds(parameters: Mapping[str, Any]) -> list[Round]:
 def model_stock(
     models: Sequence[Tensor],
     base: Tensor,
-    survey: Sequence[float],
+    survey: Sequence[float | None],
     *,
     filter_wise: bool = False,
     clip_ratio: bool = True,
