@@ -52,3 +52,16 @@ def test_no_record(run: Run, zoo: Path) -> None:
     assert (found.code, found.out) == (2, "")
     assert "holds no modelglue_record.json" in found.err
     assert run("verify", zoo / "nowhere").code == 2
+
+
+def test_what_merge_wrote(run: Run, zoo: Path) -> None:
+    assert run("merge", zoo / "recipe.yaml", zoo / "out", "--quiet").code == 0
+    assert run("verify", zoo / "out").code == 0
+    path = zoo / "out" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    found = run("verify", zoo / "out")
+    assert found.code == 1
+    assert len(found.out.splitlines()) == 1
+    assert found.out.endswith(": holds other numbers than were written\n")
