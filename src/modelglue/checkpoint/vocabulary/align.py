@@ -253,11 +253,8 @@ def _views(inputs: _Inputs, plans: Sequence[RowPlan], rows: int, widen: bool) ->
 
 def _row_warnings(inputs: _Inputs, vocabularies: Sequence[Vocabulary], output: OutputVocabulary, request: VocabularyRequest) -> list[str]:
     warnings = []
-    unknown = [
-        token
-        for token in output.ids
-        if request.tokens.get(token, TokenPolicy()).source is None and not any(token in one.ids for one in vocabularies)
-    ]
+    known: set[str] = set().union(*(one.ids for one in vocabularies))
+    unknown = [token for token in output.ids if token not in known and request.tokens.get(token, TokenPolicy()).source is None]
     if unknown:
         few = ", ".join(map(repr, unknown[:3]))
         warnings.append(f"no model has a row for {few}{' ...' if len(unknown) > 3 else ''}: zeros. Give a source in `tokens`.")

@@ -5,6 +5,7 @@ Everything else that stands in these files (normalizer, pre-tokenizer, post-proc
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,6 @@ from modelglue.checkpoint.vocabulary.tokens import (
     TOKENIZER_FILES,
     UNREAD_FILES,
     Vocabulary,
-    all_tokens,
     json_text,
     lines_of,
     object_of,
@@ -60,9 +60,8 @@ def tokenizer_files(
     """The tokenizer files of the output, and warnings. `source` is the position of the model whose files they are made of."""
     donor = models[source]
     files = {name: file for name, file in donor.files.items() if name in TOKENIZER_FILES}
-    found = all_tokens(donor)
-    assert found is not None
-    everything, added = found
+    ours = vocabularies[source]
+    everything, added = {**ours.ids, **ours.beyond}, ours.added
     removed = frozenset(token for token in everything if token not in output.ids)
     if not removed and not output.appended:
         return files, []
@@ -78,7 +77,7 @@ def tokenizer_files(
         output.ids, output.size, new, removed,
         {**{token: settings for token, settings in added.items() if token not in removed},
          **{token.text: token.settings for token in new if token.settings is not None}},
-        _merges(models, output, source),
+        _merges(models, output, source) if any(token.settings is None for token in new) else [],
     )  # fmt: skip
     warnings += _foreign(models, labels, output, source, new)
     made = dict(files)
@@ -153,8 +152,6 @@ def _pair(merge: Any) -> tuple[str, str] | None:
 
 def _merges(models: Sequence[Checkpoint], output: OutputVocabulary, source: int) -> list[tuple[str, str]]:
     """Merges of the other models, in order, whose parts and result the output has; without them BPE could not build new tokens."""
-    if not any(owner is not None for owner in output.appended.values()):
-        return []
     prefix, ours = _merges_of(models[source])
     if not ours and not _is_bpe(models[source]):
         return []
@@ -182,12 +179,10 @@ def _foreign(
     models: Sequence[Checkpoint], labels: Sequence[str], output: OutputVocabulary, source: int, new: Sequence[NewToken]
 ) -> list[str]:
     """Warnings of ordinary tokens that come from a tokenizer of another kind: they have rows, but text may never be cut into them."""
-    ours = _kind(models[source])
     warnings = []
     for number, label in enumerate(labels):
         count = sum(token.settings is None and output.appended[token.text] == number for token in new)
-        theirs = _kind(models[number]) if count else ours
-        if theirs != ours:
+        if count and (theirs := _kind(models[number])) != (ours := _kind(models[source])):
             warnings.append(
                 f"{label}: {count:,} ordinary tokens are appended to the vocabulary of {labels[source]}, but its tokenizer cuts text "
                 f"differently ({theirs} instead of {ours}); they have rows, and text may never be cut into them."
@@ -235,7 +230,7 @@ def _tokenizer_json(files: Mapping[str, SideFile], change: Change) -> bytes:
         kept = [pair for pair in map(_pair, merges) if pair is not None and not _is_lost(pair, model, change)]
         strings = all(isinstance(merge, str) for merge in merges) and all(" " not in part for pair in change.merges for part in pair)
         model["merges"] = [" ".join(pair) if strings and merges else list(pair) for pair in [*kept, *change.merges]]
-    return json_text(value)
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()  # a tenth of the time that indenting takes
 
 
 def _is_lost(pair: tuple[str, str], model: Mapping[str, Any], change: Change) -> bool:

@@ -197,5 +197,5 @@ def _text(value: Any) -> str:
 
 
 def json_text(value: Any) -> bytes:
-    """A tokenizer file as the tokenizers library lays it out: order kept, two spaces, no escapes."""
+    """A small JSON file as transformers lays it out: order kept, two spaces, no escapes."""
     return json.dumps(value, indent=2, ensure_ascii=False).encode()
