@@ -242,13 +242,13 @@ def only_compiled(table: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(compiled, "_compile", lambda wanted: pytest.fail(f"compiles again: {wanted}"))
     for function in CHUNK_FUNCTIONS:
 
-        def plain(*arguments: Any, of: Callable[..., Any] = function.function) -> Any:
+        def plain(*arguments: Any, of: Callable[..., Any] = function.plain) -> Any:
             tensors: list[torch.Tensor] = []
             compiled._shape_of(arguments, tensors, [], [])
             assert tensors[0].numel() == 1, "ran as plain torch"
             return of(*arguments)
 
-        monkeypatch.setattr(function, "function", plain)
+        monkeypatch.setattr(function, "plain", plain)
     return table
 
 

@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modelglue.checkpoint import uniform
+from modelglue.checkpoint.device import SIMULATED, Lane
 from modelglue.checkpoint.uniform import CounterHash, uniforms
 
 _SPAN = 2**31
@@ -53,6 +55,27 @@ def test_any_range_holds_the_same_numbers(seed: int, name: str, stream: int, sta
     for cut in cuts:
         assert torch.equal(uniforms(seed, name, stream, start, start + cut), whole[:cut])
         assert torch.equal(CounterHash(seed).numbers(name, stream, start + cut, start + 500), whole[cut:])
+
+
+@given(st.integers(0, 70), st.integers(-(2**31), 2**31 - 1), st.integers(-(2**31), 2**31 - 1))
+@settings(max_examples=30, deadline=None)
+def test_what_runs_where_nothing_is_compiled_gives_the_bits_of_what_is_compiled(length: int, before: int, between: int) -> None:
+    """In buffers shorter than the chunk, the last of them not full."""
+    multiples = uniform._multiples(length)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uniform, "_BUFFER", 16)
+        assert torch.equal(uniform._mix_plainly(multiples, before, between), uniform._mix(multiples, before, between))
+
+
+def test_numbers_are_made_where_they_are_used_and_are_the_same() -> None:
+    """On a device by torch, whatever was made for another place before; chunks there are longer than what is kept."""
+    expected = uniforms(5, "w", 1, 10, 2**19)
+    lane = Lane(SIMULATED)
+    lane.device = torch.device("meta")
+    with lane.active():
+        assert {uniforms(5, "w", 1, 10, stop).device.type for stop in (20, 2**19)} == {"meta"}
+    assert torch.equal(uniforms(5, "w", 1, 10, 2**19), expected)
+    assert torch.equal(uniforms(5, "w", 1, 10, 20), expected[:10])
 
 
 @pytest.mark.parametrize("edge", [_SPAN, 2 * _SPAN])

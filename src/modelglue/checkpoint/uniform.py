@@ -11,7 +11,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from modelglue.checkpoint.compiled import chunk_function
+from modelglue.checkpoint.compiled import ChunkFunction
+from modelglue.checkpoint.device import current
 from modelglue.settings import CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ _FIRST = 0x7FEB352D
 _SECOND = 0x846CA68B - 2**32
 _GOLDEN = 0x9E3779B1 - 2**32
 _SPAN = 2**31
+#: elements at a time where nothing is compiled
+_BUFFER = 2**16
 
 
 class UniformSource(Protocol):
@@ -63,14 +66,16 @@ def uniforms(seed: int, name: str, stream: int, start: int, stop: int) -> torch.
 
 def _multiples(length: int) -> torch.Tensor:
     """The first multiples of the golden constant in 32 bits; what a chunk needs is kept, because every chunk needs the same."""
-    return _made(CHUNK_ELEMENTS)[:length] if length <= CHUNK_ELEMENTS else _made.__wrapped__(length)
+    lane = current()
+    place = "cpu" if lane is None else str(lane.device)
+    return _made(CHUNK_ELEMENTS, place)[:length] if length <= CHUNK_ELEMENTS else _made.__wrapped__(length, place)
 
 
 @functools.cache
-def _made(length: int) -> torch.Tensor:
+def _made(length: int, place: str) -> torch.Tensor:
     import torch
 
-    return torch.arange(length, dtype=torch.int32).mul_(_GOLDEN)
+    return torch.arange(length, dtype=torch.int32, device=place).mul_(_GOLDEN)
 
 
 def _wrapped(value: int) -> int:
@@ -78,8 +83,7 @@ def _wrapped(value: int) -> int:
     return (value + 2**31) % 2**32 - 2**31
 
 
-@chunk_function
-def _mixed(multiples: torch.Tensor, before: int, between: int) -> torch.Tensor:
+def _mix(multiples: torch.Tensor, before: int, between: int) -> torch.Tensor:
     """int32 multiples [length] of the golden constant to float32 numbers; the key and the first position are in signed 32-bit integers."""
     import torch
 
@@ -88,6 +92,34 @@ def _mixed(multiples: torch.Tensor, before: int, between: int) -> torch.Tensor:
     _xorshift(x.mul_(_FIRST).add_(between), 15)
     _xorshift(x.mul_(_SECOND), 16)
     return _shifted(x, 8).to(torch.float32).mul_(2.0**-24)
+
+
+def _mix_plainly(multiples: torch.Tensor, before: int, between: int) -> torch.Tensor:
+    """The same bits. numpy shifts unsigned numbers, which saves a mask after every shift, in buffers that stay in the cache."""
+    import numpy as np
+    import torch
+
+    if multiples.device.type != "cpu":
+        return _mix(multiples, before, between)
+    given = multiples.numpy().view(np.uint32)
+    found = np.empty(len(given), np.float32)
+    first, second, key, step = (np.uint32(value % 2**32) for value in (_FIRST, _SECOND, between, before))
+    buffer, other = np.empty((2, min(_BUFFER, len(given))), np.uint32)
+    for start in range(0, len(given), _BUFFER):
+        part = given[start : start + _BUFFER]
+        x, shifted = buffer[: len(part)], other[: len(part)]
+        np.add(part, step, out=x)
+        np.bitwise_xor(x, np.right_shift(x, 16, out=shifted), out=x)
+        np.add(np.multiply(x, first, out=x), key, out=x)
+        np.bitwise_xor(x, np.right_shift(x, 15, out=shifted), out=x)
+        np.multiply(x, second, out=x)
+        np.bitwise_xor(x, np.right_shift(x, 16, out=shifted), out=x)
+        numbers = np.right_shift(x, 8, out=x).view(np.int32)
+        np.multiply(numbers, np.float32(2.0**-24), out=found[start : start + _BUFFER], dtype=np.float32, casting="unsafe")
+    return torch.from_numpy(found)
+
+
+_mixed = ChunkFunction(_mix, plain=_mix_plainly)
 
 
 def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
