@@ -7,6 +7,7 @@ looked up in a table of words, everything else is an error. Memory and time are 
 from __future__ import annotations
 
 import pickletools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -126,12 +127,14 @@ def read_pickle(reader: BoundedReader) -> Any:
     machine = _Machine()
     begin = reader.position
     try:
-        for opcode, argument, _ in pickletools.genops(reader):  # type: ignore[arg-type]  # it asks for read and readline only
-            if reader.position - begin > MAX_PICKLE_BYTES:
-                raise PickleError(f"is longer than {MAX_PICKLE_BYTES:,} bytes")
-            if opcode.name == "STOP":
-                return machine.pop()
-            machine.step(opcode.name, argument)
+        with warnings.catch_warnings():  # of odd escapes in text, which are the pickle's
+            warnings.simplefilter("ignore")
+            for opcode, argument, _ in pickletools.genops(reader):  # type: ignore[arg-type]  # it asks for read and readline only
+                if reader.position - begin > MAX_PICKLE_BYTES:
+                    raise PickleError(f"is longer than {MAX_PICKLE_BYTES:,} bytes")
+                if opcode.name == "STOP":
+                    return machine.pop()
+                machine.step(opcode.name, argument)
     except PickleError:
         raise
     except (ValueError, IndexError, UnicodeError, OverflowError) as error:
