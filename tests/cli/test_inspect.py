@@ -70,7 +70,7 @@ def test_json(run: Run, zoo: Path) -> None:
     groups, roles = found.pop("groups"), found.pop("roles")
     assert found == {
         "model": str(zoo / "half"), "architecture": "LlamaForCausalLM", "tensors": 14, "parameters": 480, "bytes": 960,
-        "layers": 2, "stacks": {"model.layers": 2}, "files": ["tokenizer.json"], "head": "stored", "quantization": None,
+        "layers": 2, "stacks": {"model.layers": 2}, "files": ["tokenizer.json"], "head": "stored", "quantised": None,
         "dtypes": {"BF16": {"tensors": 14, "parameters": 480, "bytes": 960}},
         "vocabulary": {"tokens": 8, "highest_id": 7, "rows": 8, "config": 8},
     }  # fmt: skip
@@ -103,6 +103,13 @@ def test_heads(run: Run, tmp_path: Path, tied: bool | None, stored: bool, expect
     made = {name: value for name, value in tensors(1).items() if stored or name != "lm_head.weight"}
     folder = write_model(tmp_path / "m", weights=made, tie_word_embeddings=tied)
     assert json.loads(run("inspect", folder, "--json").out)["head"] == expected
+
+
+def test_quantised_models(run: Run, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", quantization_config={"quant_method": "gptq", "bits": 4})
+    lines = [line for line in run("inspect", folder).out.splitlines() if line.startswith("quantised")]
+    assert len(lines) == 1
+    assert "GPTQ" in lines[0]
 
 
 def test_several_stacks_and_dtypes(run: Run, tmp_path: Path) -> None:

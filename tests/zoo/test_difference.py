@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import modelglue
-from modelglue.checkpoint import TensorsCheckpoint
+from modelglue.checkpoint import TensorsCheckpoint, open_checkpoint
 from modelglue.checkpoint.tensor_names import Layer
 from modelglue.errors import UserError
 from modelglue.settings import BLOCK_ELEMENTS
 from modelglue.zoo import Difference, Sums, diff
 from modelglue.zoo import difference as module
+from tests.checkpoint.files import weight_file
 from tests.checkpoint.merges import merge_of, write_zoo
 from tests.zoo.models import model, tensors
 
@@ -98,6 +101,19 @@ def test_what_cannot_be_compared_is_listed() -> None:
         "1 tensors of B are not in A: 'yours'.",
         "1 tensors differ in dtype (F32 and BF16); there, values are compared: 'half'.",
     )
+
+
+def test_dtypes_that_are_not_read_are_listed_and_complex_numbers_are_two(tmp_path: Path) -> None:
+    header = {"packed": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}, "z": {"dtype": "C64", "shape": [1], "data_offsets": [2, 10]}}
+    found = []
+    for number, name in enumerate("ab"):
+        data = bytes(2) + struct.pack("<2f", 3.0, 4.0 + number)
+        (tmp_path / f"{name}.safetensors").write_bytes(weight_file(header, data))
+        found.append(open_checkpoint(tmp_path / f"{name}.safetensors"))
+    difference = diff(*found)
+    assert difference.packed == ("packed",)
+    assert difference.warnings == ("1 tensors pack several numbers into a byte and are not compared: 'packed'.",)
+    assert (of(difference, "z").norm, of(difference, "z").a, of(difference, "z").changed) == (1.0, 25.0, 1)
 
 
 def test_nothing_in_common() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -38,7 +37,7 @@ def inspect(
     from modelglue.checkpoint import open_checkpoint
     from modelglue.cli.console import print_json, print_table, size, stdout
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, headers_only=not identity)
     summary = {"model": model, **_summary(checkpoint)}
     if tensors:
         summary["list"] = _list(checkpoint)
@@ -66,6 +65,7 @@ def inspect(
 
 
 def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    from modelglue.checkpoint import quantisation_of
     from modelglue.checkpoint.tensor_names import ROLES, layer_of, role_of
 
     infos = {name: checkpoint.info(name) for name in checkpoint.names()}
@@ -89,7 +89,7 @@ def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
         "stacks": {stack: len(numbers) for stack, numbers in sorted(stacks.items())},
         "dtypes": dict(sorted(dtypes.items(), key=lambda item: -item[1]["bytes"])),
         "roles": {role: roles[role] for role in ROLES if role in roles},
-        "quantization": checkpoint.config.get("quantization_config"),
+        "quantised": quantisation_of(checkpoint),
         "vocabulary": _vocabulary(checkpoint),
         "head": _head(checkpoint),
         "files": sorted(checkpoint.files),
@@ -129,9 +129,8 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [("dtypes", ", ".join(f"{dtype} {size(row['bytes'])} in {row['tensors']}" for dtype, row in summary["dtypes"].items()))]
     if len(summary["stacks"]) > 1:
         facts.append(("stacks", ", ".join(f"{stack} ({count})" for stack, count in summary["stacks"].items())))
-    if quantization := summary["quantization"]:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        facts.append(("quantised", str(method or "by a method that the config does not name")))
+    if summary["quantised"]:
+        facts.append(("quantised", summary["quantised"].removeprefix("is quantised ")))
     found = summary["vocabulary"]
     if found["rows"] is not None or found["tokens"] is not None:
         tokens = "no tokenizer" if found["tokens"] is None else f"{found['tokens']:,} tokens, ids to {found['highest_id']:,}"

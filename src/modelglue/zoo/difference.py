@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from modelglue.checkpoint import Checkpoint
+from modelglue.checkpoint.protocol import PACKED_BITS
 from modelglue.checkpoint.tensor_names import ROLES, Layer, layer_of, role_of
 from modelglue.checkpoint.workers import run_tasks
 from modelglue.errors import UserError
@@ -113,6 +114,8 @@ class Difference:
     only_b: tuple[str, ...]
     shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     """Tensors of one name and two shapes."""
+    packed: tuple[str, ...] = ()
+    """Tensors whose dtype packs several numbers into a byte, which are not read."""
 
     @property
     def total(self) -> Sums:
@@ -135,7 +138,7 @@ class Difference:
     @property
     def identical(self) -> bool:
         """Whether both models have the same tensors in the same dtypes with the same bits."""
-        unpaired = self.only_a or self.only_b or self.shapes
+        unpaired = self.only_a or self.only_b or self.shapes or self.packed
         return not unpaired and all(not one.sums.changed and one.dtypes[0] == one.dtypes[1] for one in self.tensors)
 
     @property
@@ -148,6 +151,8 @@ class Difference:
         for label, other, names in ((a, b, self.only_a), (b, a, self.only_b)):
             if names:
                 found.append(f"{len(names)} tensors of {label} are not in {other}: {_some(names)}.")
+        if self.packed:
+            found.append(f"{len(self.packed)} tensors pack several numbers into a byte and are not compared: {_some(self.packed)}.")
         retyped = [one for one in self.tensors if one.dtypes[0] != one.dtypes[1]]
         if retyped:
             kinds = ", ".join(sorted({" and ".join(one.dtypes) for one in retyped}))
@@ -180,6 +185,7 @@ class Difference:
             "only_a": list(self.only_a),
             "only_b": list(self.only_b),
             "shapes": [{"name": name, "a": list(ours), "b": list(theirs)} for name, ours, theirs in self.shapes],
+            "packed": list(self.packed),
             "warnings": list(self.warnings),
         }
 
@@ -202,8 +208,10 @@ def diff(
     common = sorted(ours & theirs)
     if not common:
         raise UserError(f"{labels[0]} and {labels[1]} have no tensor name in common: there is nothing to compare.")
-    same = [name for name in common if a.info(name).shape == b.info(name).shape]
-    shapes = tuple((name, a.info(name).shape, b.info(name).shape) for name in common if name not in set(same))
+    packed = tuple(name for name in common if {a.info(name).dtype, b.info(name).dtype} & PACKED_BITS.keys())
+    readable = [name for name in common if name not in set(packed)]
+    same = [name for name in readable if a.info(name).shape == b.info(name).shape]
+    shapes = tuple((name, a.info(name).shape, b.info(name).shape) for name in readable if a.info(name).shape != b.info(name).shape)
     total = sum(a.info(name).nbytes + b.info(name).nbytes for name in same)
     for checkpoint in (a, b):
         checkpoint.prepare(same)
@@ -228,7 +236,7 @@ def diff(
             sums[name] = sums[name].plus(found[name, start])
     compared = [TensorDifference(name, a.info(name).shape, (a.info(name).dtype, b.info(name).dtype), sums[name]) for name in same]
     names = (labels[0], labels[1])
-    return Difference(names, tuple(compared), tuple(sorted(ours - theirs)), tuple(sorted(theirs - ours)), shapes)
+    return Difference(names, tuple(compared), tuple(sorted(ours - theirs)), tuple(sorted(theirs - ours)), shapes, packed)
 
 
 #: pieces of tensors, (name, start, stop) in elements
@@ -273,7 +281,7 @@ def _block(A: torch.Tensor, B: torch.Tensor) -> Sums:
     if alike:
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[A.element_size()]
         changed = int(np.count_nonzero(A.view(bits).numpy() != B.view(bits).numpy()))
-    A, B = A.double(), B.double()
+    A, B = (torch.view_as_real(X).reshape(-1).double() if X.is_complex() else X.double() for X in (A, B))
     if not alike:
         changed = int(torch.count_nonzero(~((A == B) | (A.isnan() & B.isnan()))))
     own = float(A.dot(A))
