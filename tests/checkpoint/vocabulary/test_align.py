@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelglue.checkpoint import Checkpoint, TensorsCheckpoint
+from modelglue.checkpoint import Checkpoint, MergedCheckpoint, TensorsCheckpoint, open_checkpoint, save
 from modelglue.checkpoint.vocabulary import (
     FromModel,
     FromToken,
@@ -23,6 +24,8 @@ from modelglue.checkpoint.vocabulary import (
     vocabulary,
 )
 from modelglue.errors import MergeError, RecipeError
+from modelglue.methods import get
+from tests.checkpoint.files import contents
 from tests.checkpoint.vocabulary.models import BIAS, EMBEDDING, HEAD, added, model, table
 
 TOKENS = ["<unk>", *"abcdefgh"]
@@ -270,6 +273,25 @@ def test_tokens_beyond_the_rows_are_dropped() -> None:
     assert cut.models[0].info(EMBEDDING).shape == (2, 3)
     assert b'"x"' not in cut.files["tokenizer.json"]  # type: ignore[operator]
     assert cut.warnings[0].startswith("model1: its tokenizer numbers 1 tokens beyond its 2 rows ('x')")
+
+
+def test_an_aligned_merge_is_written_like_any_other(tmp_path: Path) -> None:
+    """By one process and by two: equal folders, with the made tokenizer, the true row count, and the rows of the plain implementation."""
+    vocabularies = [{token: number for number, token in enumerate(tokens)} for tokens in ("abcd", "dcbae")]
+    models = [model(ids, seed=seed) for seed, ids in enumerate(vocabularies, 1)]
+    request = VocabularyRequest(pad_to_multiple_of=8)
+    alignment = align(models, None, request)
+    merged = MergedCheckpoint(get("linear"), alignment.models, None, {"weight": [0.25, 0.75], "normalize": True})
+    output = dressed(merged, config=alignment.config, files=alignment.files, description={"tokenizer": {"source": "union"}})
+    for workers in (1, 2):
+        save(output, tmp_path / str(workers), workers=workers, chunk=7)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    read = open_checkpoint(tmp_path / "1")
+    a, b = expected_tables(vocabularies, [table(one) for one in models], request)
+    torch.testing.assert_close(read.tensor(EMBEDDING), 0.25 * a + 0.75 * b)
+    assert read.config["vocab_size"] == 8
+    assert vocabulary(read).ids == {**vocabularies[0], "e": 4}  # type: ignore[union-attr]
+    assert (tmp_path / "1" / "modelglue_recipe.yaml").read_text().rstrip().endswith("tokenizer:\n  source: union")
 
 
 # -- what is said -----------------------------------------------------------------------------------------------------------------

@@ -22,10 +22,12 @@ The output: `dressed(merged, config=alignment.config, files=alignment.files, des
 of added tokens; `all_tokens` also those without a row. No transformers, no torch.
 """
 
-from modelglue.checkpoint.vocabulary.align import Alignment, AlignmentReport, ModelReport, align, check_vocabularies, truncate
+from modelglue.checkpoint.vocabulary.align import align
+from modelglue.checkpoint.vocabulary.alignment import Alignment, AlignmentReport, ModelReport
 from modelglue.checkpoint.vocabulary.chat import TEMPLATES, ChatTemplate, chat_template
 from modelglue.checkpoint.vocabulary.dressed import DressedCheckpoint, dressed
 from modelglue.checkpoint.vocabulary.heads import TiedHeads, tied_heads
+from modelglue.checkpoint.vocabulary.mismatch import check_vocabularies, truncate
 from modelglue.checkpoint.vocabulary.request import FromModel, FromToken, TokenPolicy, VocabularyRequest, Zero
 from modelglue.checkpoint.vocabulary.tables import Tables, tables_of
 from modelglue.checkpoint.vocabulary.tokens import Vocabulary, all_tokens, vocabulary

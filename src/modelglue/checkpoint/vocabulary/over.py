@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,9 @@ class OverCheckpoint(Checkpoint):
 
     _source: Checkpoint
 
+    @abstractmethod
     def _changes(self) -> Any:
         """JSON-ready: what this view changes."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._source!r})"
