@@ -61,7 +61,13 @@ def test_joined_stands_side_by_side() -> None:
     assert torch.equal(view.read("experts.0.w", 1, 2), torch.ones(1))
     assert (view.config, view.files) == ({"layers": 3}, {"x": Path("/x")})
     assert JoinedCheckpoint({"": SOURCE}, {"a": 1}).config == {"a": 1}
-    assert view.describe() == {"join": {"": {"model": "org/source"}, "experts.0.": {"model": "other"}, "experts.1.": {"model": "other"}}}
+    assert view.describe() == {
+        "join": [
+            {"prefix": "", "of": {"model": "org/source"}},
+            {"prefix": "experts.0.", "of": {"model": "other"}},
+            {"prefix": "experts.1.", "of": {"model": "other"}},
+        ]
+    }
     with pytest.raises(CheckpointError, match=r"no tensor 'experts\.2\.w' here\. Did you mean 'experts\.[01]\.w'"):
         view.info("experts.2.w")
 

@@ -1,7 +1,8 @@
 """Golden files: numbers that other people's code produced, and how ours is asked for the same.
 
 A file `<folder>/<case>.safetensors` holds inputs (`base.*`, `model0.*`, `data.*`), the answer (`expected.*`, or the metadata key
-`expected` as JSON) and metadata (`system`, `params`, `rtol`, `atol`). An adapter translates a case into calls of the public interface;
+`expected` as JSON) and metadata (`system`, `params`, `rtol`, `atol`). A folder `<folder>/cases/<case>` holds a recipe for the models in
+`<folder>/inputs` and the model that it should give. An adapter translates a case into calls of the public interface;
 it holds no arithmetic of its own. `adapters/*.py` export ADAPTERS, a mapping from the beginning of a test id ("mergekit/ties-") to a
 function that takes a `Case` and returns an `Answer`; the longest matching beginning counts. Ids that must be answered stand in BUILT.txt.
 """
@@ -68,6 +69,63 @@ class Case:
 
 
 @dataclass(frozen=True)
+class FolderCase(Case):
+    """A golden folder `<folder>/cases/<case>`: a recipe over the models in `<folder>/inputs`, and the model folder that it should give."""
+
+    @property
+    def id(self) -> str:
+        return f"{self.path.parent.parent.name}/{self.path.name}"
+
+    @property
+    def inputs(self) -> Path:
+        return self.path.parent.parent / "inputs"
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yml"
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        case = json.loads((self.path / "case.json").read_text())
+        return {
+            "system": self.path.parent.parent.name, "params": json.dumps(case), "rtol": str(case["rtol"]), "atol": str(case["atol"]),
+            "expected": json.dumps(facts(self.path / "expected")),
+        }  # fmt: skip
+
+    @cached_property
+    def all_tensors(self) -> dict[str, torch.Tensor]:
+        return {f"expected.{name}": value for name, value in weights(self.path / "expected").items()}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model folder."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a mapping
+    return found
+
+
+#: what the config of a merged model has to get right, whatever else stands in it
+_CONFIG = ("architectures", "model_type", "dtype", "num_hidden_layers", "num_layers", "num_decoder_layers", "vocab_size")
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What a model folder must agree in besides its values: dtypes, fields of the config, the vocabulary of its tokenizer if it has one."""
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = folder / "tokenizer.json"
+    vocabulary = None
+    if tokenizer.is_file():
+        content = json.loads(tokenizer.read_text())
+        vocabulary = {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
+    return {
+        "dtypes": {name: str(value.dtype) for name, value in weights(folder).items()},
+        "config": {key: config[key] for key in _CONFIG if key in config},
+        "vocabulary": vocabulary,
+    }
+
+
+@dataclass(frozen=True)
 class Answer:
     """Ours: tensors for every `expected.*`, and (where the metadata has `expected`) the same JSON."""
 
@@ -96,7 +154,8 @@ def adapter_for(case_id: str, adapters: Mapping[str, Adapter]) -> Adapter | None
 
 
 def all_cases() -> list[Case]:
-    return [Case(path) for path in sorted(FOLDER.glob("*/*.safetensors"))]
+    folders = [FolderCase(path.parent) for path in sorted(FOLDER.glob("*/cases/*/case.json"))]
+    return [*(Case(path) for path in sorted(FOLDER.glob("*/*.safetensors"))), *folders]
 
 
 def assert_same_json(found: Any, expected: Any, rtol: float, atol: float, where: str = "expected") -> None:

@@ -131,13 +131,16 @@ def test_config_tokenizer_and_dtypes_are_the_donors(folder: Path, method: str, b
     assert merged.info(NAME) == expected.info(NAME)
 
 
-def test_the_donor_is_written_down_where_it_is_not_the_first_model(folder: Path) -> None:
-    models = [{"model": str(folder / "a"), "weight": 1}, {"model": str(folder / "half"), "weight": 1}]
-    assert "base" not in merge({"method": "linear", "models": models}).describe()
-    assert "base" not in merge({"method": "linear", "base": str(folder / "a"), "models": models}).describe()
-    assert merge({"method": "linear", "base": str(folder / "half"), "models": models}).describe()["base"] == str(folder / "half")
-    nested = {"method": "linear", "models": models}
-    assert "base" not in merge({"method": "linear", "models": [{"model": nested, "weight": 1}]}).describe()
+def test_a_merge_is_described_by_its_recipe_with_the_defaults_written_out(folder: Path) -> None:
+    base, a, half = (str(folder / name) for name in ("base", "a", "half"))
+    models = [{"model": a, "weight": [0, 1]}, {"model": half, "weight": 1}]
+    inner = {"method": "linear", "models": [{"model": a, "weight": 1}]}
+    assert merge({"method": "linear", "base": half, "models": models}).describe() == {
+        "format": "modelglue/1", "method": "linear", "base": half, "models": models, "parameters": {"normalize": True}, "seed": 0,
+    }  # fmt: skip
+    assert merge({"method": "task_arithmetic", "base": base, "models": [{"model": inner, "weight": 1}]}).describe()["models"] == [
+        {"model": {"format": "modelglue/1", **inner, "parameters": {"normalize": True}, "seed": 0}, "weight": 1}
+    ]
 
 
 # -- outputs reproduce themselves -------------------------------------------------------------------------------------------------
@@ -252,7 +255,7 @@ def test_linear_recipe() -> None:
 def test_a_recipe_made_in_python_is_checked_when_it_is_built(folder: Path) -> None:
     with pytest.raises(RecipeError, match="'weight' is required by linear and missing"):
         merge(Recipe(method="linear", models=[Entry(model=str(folder / "a"))]))
-    with pytest.raises(MergeError, match="ties: needs a base model and none was given"):
+    with pytest.raises(RecipeError, match="ties needs a base model; add base: REF"):
         merge(Recipe(method="ties", models=[Entry(model=str(folder / "a"), weight=1)]))
 
 

@@ -17,7 +17,11 @@ from modelglue.recipe import FORMAT, Recipe, canonical, dump, read_recipe
 from modelglue.recipe.schema import Dtype, Entry
 from tests.recipe.on_disk import write_recipe
 
-KEYS = "format, method, base, models, parameters, seed, dtype"
+KEYS = (
+    "format, method, base, models, slices, modules, into, parameters, seed, dtype, tokenizer, chat_template, vocabulary_mismatch, missing, "
+    "shape_mismatch, allow_mixed"
+)
+SOURCE = "model, part, architecture, layers"
 NO_PARAMETER = "is no parameter of linear. Did you mean"
 METHODS = (
     "arcee_fusion, breadcrumbs, breadcrumbs_ties, dare_linear, dare_ties, della, della_linear, karcher, linear, model_stock, multislerp, "
@@ -116,7 +120,7 @@ LINEAR = "models:\n  - {model: a, weight: 1}\n"
                 f"r.yaml:1: metod: unknown key. Did you mean 'method'? Allowed: {KEYS}.",
             ],
         ),
-        (f"method: linear\n{LINEAR}tokenizer: {{}}", [f"r.yaml:4: tokenizer: unknown key. Allowed: {KEYS}."]),
+        (f"method: linear\n{LINEAR}output: {{}}", [f"r.yaml:4: output: unknown key. Allowed: {KEYS}."]),
         (f"method: 5\n{LINEAR}", ["r.yaml:1: method: is 5, allowed is text (put quotes around it if it is meant as text)."]),
         (f"method: linaer\n{LINEAR}", [f"r.yaml:1: method: there is no merge method 'linaer'. Did you mean 'linear'? Known: {METHODS}."]),
         (f"method: linear\nformat: modelglue/2\n{LINEAR}", ["r.yaml:2: format: is 'modelglue/2', allowed is 'modelglue/1'."]),
@@ -128,7 +132,7 @@ LINEAR = "models:\n  - {model: a, weight: 1}\n"
         (
             f"method: linear\ndtype:\n  store: bf16\n  copmute: float32\n{LINEAR}",
             [
-                "r.yaml:3: dtype.store: is 'bf16', allowed is 'float32', 'float16' or 'bfloat16'.",
+                "r.yaml:3: dtype.store: is 'bf16', allowed is 'float32', 'float16', 'bfloat16', 'donor' or 'widest'.",
                 "r.yaml:4: dtype.copmute: unknown key. Did you mean 'compute'? Allowed: compute, store.",
             ],
         ),
@@ -144,8 +148,8 @@ LINEAR = "models:\n  - {model: a, weight: 1}\n"
         (
             "method: ties\nbase: b\nparameters: {trim_scope: tensors, lambda: x}\nmodels:\n  - {model: a, weight: 1}",
             [
-                "r.yaml:3: parameters.lambda: lambda is 'x', allowed is a number.",
                 "r.yaml:3: parameters.trim_scope: trim_scope is 'tensors', allowed is tensor or model.",
+                "r.yaml:3: parameters.lambda: lambda is 'x', allowed is a number.",
             ],
         ),
         ("method: ties\nmodels:\n  - {model: a, weight: 1}", ["r.yaml:1: ties needs a base model; add base: REF."]),
@@ -177,7 +181,22 @@ def test_faults_of_the_document(text: str, expected: list[str], tmp_path: Path) 
         ("{model: a, weight: true}", "models[0].weight: model a: weight is True, allowed is a number."),
         ("{model: a, weight: yes}", "models[0].weight: model a: weight is 'yes', allowed is a number."),
         ("{model: a, weight: 1:30}", "models[0].weight: model a: weight is '1:30', allowed is a number."),
-        ("{model: a, weight: [1, 0]}", "models[0].weight: model a: weight is [1, 0], allowed is a number."),
+        ("{model: a, weight: [1, x]}", "models[0].weight[1]: is 'x', allowed in a gradient are numbers."),
+        ("{model: a, weight: [1, true]}", "models[0].weight[1]: is True, allowed in a gradient are numbers."),
+        (
+            "{model: a, weight: []}",
+            "models[0].weight: model a: weight is an empty list, allowed is a number, a list of numbers, or a list of {filter, value}.",
+        ),
+        ("{model: a, weight: [1, {value: 1}]}", "models[0].weight[1]: is a mapping, allowed in a gradient are numbers."),
+        ("{model: a, weight: [{filter: mlp}]}", "models[0].weight[0]: 'value' is required and missing."),
+        (
+            "{model: a, weight: {filtre: mlp, value: 1}}",
+            "models[0].weight.filtre: unknown key. Did you mean 'filter'? Allowed: filter, value.",
+        ),
+        ("{model: a, weight: [{filter: 3, value: 1}]}", "models[0].weight[0].filter: is 3, allowed is a part of tensor names, as text."),
+        ("{model: a, weight: [{value: x}]}", "models[0].weight: model a: weight is 'x', allowed is a number."),
+        ("{model: a, weight: [{value: {value: 1}}]}", "models[0].weight[0].value: is a mapping, allowed is a number or a list of numbers."),
+        ("{model: a, weight: 1, layers: [0, 2]}", "models[0].layers: belongs into slices:; whole models give all of their layers."),
         ("{model: a, weight: }", "models[0].weight: model a: weight is None, allowed is a number."),
         (
             "{model: a, weight: 1, normalize: false}",
@@ -234,8 +253,8 @@ parameters:
     assert faults(tmp_path, text) == [
         f"r.yaml:8: parameters.normalise: 'normalise' {NO_PARAMETER} 'normalize'? Allowed: weight, normalize.",
         "r.yaml:4: models[0].wieght: model a: 'wieght' is no parameter of linear. Did you mean 'weight'? Allowed: weight, normalize.",
-        "r.yaml:3: models[0].weight: model a: 'weight' is required by linear and missing.",
         "r.yaml:6: models[1].weight: model b: weight is 'x', allowed is a number.",
+        "r.yaml:3: models[0].weight: model a: 'weight' is required by linear and missing.",
     ]
 
 
@@ -253,8 +272,7 @@ models:
 base: {method: linear, modles: []}
 """
     assert faults(tmp_path, structure) == [
-        "r.yaml:10: base.models: is required and missing.",
-        f"r.yaml:10: base.modles: unknown key. Did you mean 'models'? Allowed: {KEYS}.",
+        f"r.yaml:10: base.modles: unknown key. Did you mean 'modules' or 'models' or 'model'? Allowed: {KEYS}, {SOURCE}.",
         f"r.yaml:9: models[0].model.sed: unknown key. Did you mean 'seed'? Allowed: {KEYS}.",
     ]
     meaning = """\
@@ -276,11 +294,11 @@ models:
         - {model: q, weight: 1}
 """
     assert faults(tmp_path, meaning) == [
+        "r.yaml:5: base.models[0].weight: model y: 'weight' is required by linear and missing.",
         "r.yaml:11: models[0].model.models[0].dens: model q: 'dens' is no parameter of ties. Did you mean 'density'? Allowed: "
         f"{', '.join(parameter.name for parameter in get('ties').parameters)}.",
         "r.yaml:8: models[0].model: ties needs a base model; add base: REF.",
         f"r.yaml:14: models[1].model.method: there is no merge method 'tis'. Did you mean 'ties'? Known: {METHODS}.",
-        "r.yaml:5: base.models[0].weight: model y: 'weight' is required by linear and missing.",
     ]
 
 
@@ -398,152 +416,3 @@ def test_the_dump_is_plain_yaml() -> None:
     """Any other reader of YAML sees the same values."""
     recipe = read_recipe({"method": "linear", "models": [{"model": "1e-5", "weight": 0.001}], "seed": 3})
     assert yaml.safe_load(dump(recipe)) == canonical(recipe)
-
-
-# -- mergekit's dialect -----------------------------------------------------------------------------------------------------------
-
-
-def converted(**value: Any) -> dict[str, Any]:
-    return canonical(read_recipe(value))
-
-
-def test_mergekit_whole_models() -> None:
-    found = converted(
-        merge_method="ties",
-        base_model="org/base",
-        models=[
-            {"model": "org/base"},
-            {"model": "org/a", "parameters": {"weight": 0.5, "density": 0.3}},
-            {"model": "org/b", "parameters": {"weight": 1}},
-        ],
-        parameters={"normalize": True, "int8_mask": True, "lambda": 0.7},
-        dtype="float32",
-        out_dtype="torch.bfloat16",
-    )
-    assert found == {
-        "format": "modelglue/1",
-        "method": "ties",
-        "base": "org/base",
-        "models": [{"model": "org/a", "density": 0.3, "weight": 0.5}, {"model": "org/b", "weight": 1}],
-        "parameters": {"lambda": 0.7, "normalize": True},
-        "seed": 0,
-        "dtype": {"compute": "float32", "store": "bfloat16"},
-    }
-
-
-@pytest.mark.parametrize(
-    ("given_", "stored"),
-    [
-        ("float16", "float16"), ("fp16", "float16"), ("half", "float16"), ("bf16", "bfloat16"), ("torch.float32", "float32"),
-        ("fp32", "float32"),
-    ],
-)  # fmt: skip
-def test_mergekit_dtypes(given_: str, stored: str) -> None:
-    models = [{"model": "a", "parameters": {"weight": 1}}]
-    assert converted(merge_method="linear", models=models, dtype=given_)["dtype"]["store"] == stored
-    assert converted(merge_method="linear", models=models, out_dtype=given_, dtype="float32")["dtype"]["store"] == stored
-
-
-def test_mergekit_slerp_takes_the_base_out_of_the_models() -> None:
-    for models in (["x", "y"], ["y", "x"]):
-        found = converted(merge_method="slerp", base_model="x", models=[{"model": name} for name in models], parameters={"t": 0.3})
-        assert (found["base"], found["models"]) == ("x", [{"model": "y"}])
-
-
-def test_mergekit_linear_and_the_base() -> None:
-    """Listed, it only gives config and tokenizer; unlisted, it joins the average where a shared weight is its own as well."""
-    models = [{"model": "a", "parameters": {"weight": 1}}, {"model": "b", "parameters": {"weight": 2}}]
-    found = converted(merge_method="linear", base_model="b", models=models)
-    assert (found["base"], [entry["model"] for entry in found["models"]]) == ("b", ["a", "b"])
-    found = converted(merge_method="linear", base_model="c", models=models)
-    assert (found["base"], [entry["model"] for entry in found["models"]]) == ("c", ["a", "b"])
-    found = converted(merge_method="linear", base_model="c", models=models, parameters={"weight": 3})
-    assert found["models"] == [{"model": "a", "weight": 1}, {"model": "b", "weight": 2}, {"model": "c"}]
-
-
-def test_mergekit_model_stock_does_not_clip() -> None:
-    value: dict[str, Any] = {"merge_method": "model_stock", "base_model": "x", "models": [{"model": "a"}, {"model": "b"}]}
-    assert converted(**value)["parameters"] == {"clip_ratio": False}
-    assert converted(**value, parameters={"clip_ratio": True})["parameters"] == {"clip_ratio": True}
-
-
-MERGEKIT = "merge_method: linear\nmodels:\n  - model: a\n    parameters: {weight: 1}\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (MERGEKIT + "slices: []", "r.yaml:5: slices: 'slices' of mergekit's dialect is not supported yet."),
-        (
-            MERGEKIT + "tokenizer_source: union",
-            "r.yaml:5: tokenizer_source: 'tokenizer_source' of mergekit's dialect is not supported yet.",
-        ),
-        (
-            MERGEKIT + "base_modle: x",
-            "r.yaml:5: base_modle: unknown key. Did you mean 'base_model'? "
-            "Allowed: merge_method, base_model, models, parameters, dtype, out_dtype.",
-        ),
-        (MERGEKIT + "parameters: [1]", "r.yaml:5: parameters: allowed is a mapping of parameter names to numbers."),
-        (MERGEKIT + "parameters:\n  weight: [0, 1]", "r.yaml:6: parameters.weight: gradients and filters are not supported yet."),
-        (MERGEKIT + "dtype: int64", "r.yaml:5: dtype: is 'int64', allowed is float32, float16 or bfloat16."),
-        (MERGEKIT + "dtype: float32\nout_dtype: fp8", "r.yaml:6: out_dtype: is 'fp8', allowed is float32, float16 or bfloat16."),
-        (MERGEKIT + "base_model: {model: x}", "r.yaml:5: base_model: allowed is a reference; mappings are not supported yet."),
-        ("merge_method: linear", "r.yaml:1: models: allowed is a list of {model: REF, parameters: {...}}."),
-        ("merge_method: linear\nmodels: {a: 1}", "r.yaml:2: models: allowed is a list of {model: REF, parameters: {...}}."),
-        (
-            "merge_method: linear\nmodels:\n  - a\n",
-            "r.yaml:3: models[0]: allowed is {model: REF, parameters: {...}} with a reference as text.",
-        ),
-        (
-            "merge_method: linear\nmodels:\n  - model: a\n    weight: 1\n",
-            "r.yaml:4: models[0].weight: unknown key beside model. Parameters stand under 'parameters:' in this dialect.",
-        ),
-        (
-            "merge_method: linear\nmodels:\n  - model: a\n    layer_range: [0, 1]\n    parameters: {weight: 1}\n",
-            "r.yaml:4: models[0].layer_range: unknown key beside model.",
-        ),
-        (
-            "merge_method: linear\nmodels:\n  - model: a\n    parameters: 3\n",
-            "r.yaml:4: models[0].parameters: allowed is a mapping of parameter names to numbers.",
-        ),
-        (
-            "merge_method: linear\nmodels:\n  - model: a\n    parameters:\n      weight: {filter: x, value: 1}\n",
-            "r.yaml:5: models[0].parameters.weight: gradients and filters are not supported yet.",
-        ),
-        (
-            "merge_method: linear\nmodels:\n  - model: a\n    parameters:\n      wieght: 1\n      weight: 1\n",
-            "r.yaml:5: models[0].wieght: model a: 'wieght' is no parameter of linear. Did you mean 'weight'? Allowed: weight, normalize.",
-        ),
-        (
-            MERGEKIT.replace("linear", "linaer"),
-            f"r.yaml:1: method: there is no merge method 'linaer'. Did you mean 'linear'? Known: {METHODS}.",
-        ),
-        (
-            "merge_method: slerp\nparameters: {t: 0.5}\nmodels:\n  - model: a\n",
-            "r.yaml:1: slerp needs a base model; add base: REF.",
-        ),
-    ],
-)
-def test_mergekit_refusals(text: str, expected: str, tmp_path: Path) -> None:
-    assert faults(tmp_path, text) == [expected]
-
-
-def test_mergekit_faults_are_reported_at_once(tmp_path: Path) -> None:
-    text = "merge_method: linear\nslices: []\nmodels:\n  - model: a\n    weight: 1\nparameters: 3\ndtype: int8\n"
-    assert [fault.split(" ")[0] for fault in faults(tmp_path, text)] == ["r.yaml:2:", "r.yaml:6:", "r.yaml:5:", "r.yaml:7:"]
-
-
-@pytest.mark.parametrize("method", [method.id for method in all_methods()])
-def test_mergekit_takes_every_method_by_its_name(method: str) -> None:
-    known = get(method)
-    each = {p.name: 0.5 for p in known.parameters if p.required and p.per_model}
-    count = known.min_models
-    found = converted(
-        merge_method=method,
-        base_model="base",
-        models=[{"model": f"m{number}", "parameters": each} for number in range(count)],
-        parameters={p.name: 0.5 for p in known.parameters if p.required and not p.per_model},
-    )
-    assert found["method"] == method
-    assert [entry["model"] for entry in found["models"]] == [f"m{number}" for number in range(count)]
-    assert found["base"] == "base"

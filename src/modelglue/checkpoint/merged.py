@@ -99,6 +99,9 @@ class MergedCheckpoint(Checkpoint):
     def sources(self) -> Sequence[Checkpoint]:
         return [source for checkpoint in [self._donor, *self._inputs()] for source in checkpoint.sources()]
 
+    def origins(self, name: str) -> Sequence[tuple[Checkpoint, str]]:
+        return [origin for checkpoint in self._holders(name) for origin in checkpoint.origins(name)]
+
     def info(self, name: str) -> TensorInfo:
         try:
             return self._job.outputs[name]

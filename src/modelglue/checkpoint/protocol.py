@@ -130,6 +130,10 @@ class Checkpoint(ABC):
         """`org/name` of a model that came out of the hub's cache."""
         return None
 
+    def origins(self, name: str) -> Sequence[tuple[Checkpoint, str]]:
+        """What reading a tensor reads: checkpoints that are no expressions, and the tensor's name there."""
+        return ((self, name),)
+
     def pieces(self, name: str, limit: int) -> Sequence[tuple[int, int]]:
         """Ranges of flat positions that together cover the tensor; reading one piece costs memory O(limit x inputs).
 

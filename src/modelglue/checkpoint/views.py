@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from modelglue.checkpoint.protocol import Checkpoint, SideFile, TensorInfo
+from modelglue.checkpoint.protocol import Checkpoint, SideFile, TensorInfo, file_bytes
 from modelglue.errors import CheckpointError, did_you_mean
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ class RenamedCheckpoint(Checkpoint):
 
     def sources(self) -> Sequence[Checkpoint]:
         return self._source.sources()
+
+    def origins(self, name: str) -> Sequence[tuple[Checkpoint, str]]:
+        return self._source.origins(self._find(name))
 
     def info(self, name: str) -> TensorInfo:
         return self._source.info(self._find(name))
@@ -84,26 +87,42 @@ class RenamedCheckpoint(Checkpoint):
 
 
 class JoinedCheckpoint(Checkpoint):
-    """Several checkpoints side by side, each under its prefix ("" for none). Config and files come from the first."""
+    """Several checkpoints side by side, each under its prefix ("" for none). Config and files come from the first unless they are given.
 
-    def __init__(self, parts: Mapping[str, Checkpoint], config: Mapping[str, Any] | None = None) -> None:
+    `description` is the recipe that `describe` answers with, where the parts come from one.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Checkpoint] | Sequence[tuple[str, Checkpoint]],
+        config: Mapping[str, Any] | None = None,
+        description: Mapping[str, Any] | None = None,
+        *,
+        files: Mapping[str, SideFile] | None = None,
+    ) -> None:
         if not parts:
             raise CheckpointError("nothing to join: at least one checkpoint is needed.")
-        self._parts = dict(parts)
+        self._parts = tuple(parts.items() if isinstance(parts, Mapping) else parts)
+        self._description = description
+        self._files = files
         self._where: dict[str, tuple[Checkpoint, str]] = {}
-        for prefix, part in parts.items():
+        for prefix, part in self._parts:
             for name in part.names():
                 if prefix + name in self._where:
                     raise CheckpointError(f"joining under '{prefix}' would make a second tensor '{prefix + name}'.")
                 self._where[prefix + name] = (part, name)
-        self._first = next(iter(parts.values()))
+        self._first = self._parts[0][1]
         self._config = self._first.config if config is None else config
 
     def names(self) -> Sequence[str]:
         return tuple(sorted(self._where))
 
     def sources(self) -> Sequence[Checkpoint]:
-        return [source for part in self._parts.values() for source in part.sources()]
+        return [source for _, part in self._parts for source in part.sources()]
+
+    def origins(self, name: str) -> Sequence[tuple[Checkpoint, str]]:
+        part, old = self._find(name)
+        return part.origins(old)
 
     def info(self, name: str) -> TensorInfo:
         part, old = self._find(name)
@@ -131,7 +150,7 @@ class JoinedCheckpoint(Checkpoint):
 
     def prepare(self, names: Sequence[str] | None = None) -> None:
         asked = self._where.keys() if names is None else set(names)
-        for prefix, part in self._parts.items():
+        for prefix, part in self._parts:
             if wanted := [old for old in part.names() if prefix + old in asked]:
                 part.prepare(wanted)
 
@@ -141,18 +160,24 @@ class JoinedCheckpoint(Checkpoint):
 
     @property
     def files(self) -> Mapping[str, SideFile]:
-        return self._first.files
+        return self._first.files if self._files is None else self._files
 
     @property
     def identity(self) -> str:
-        return _digest([[(prefix, part.identity) for prefix, part in self._parts.items()], dict(self._config)])
+        return _digest([[(prefix, part.identity) for prefix, part in self._parts], dict(self._config), self._side_files()])
 
     @property
     def stamp(self) -> str:
-        return _digest([[(prefix, part.stamp) for prefix, part in self._parts.items()], dict(self._config)])
+        return _digest([[(prefix, part.stamp) for prefix, part in self._parts], dict(self._config), self._side_files()])
 
     def describe(self) -> dict[str, Any]:
-        return {"join": {prefix: part.describe() for prefix, part in self._parts.items()}}
+        if self._description is not None:
+            return dict(self._description)
+        return {"join": [{"prefix": prefix, "of": part.describe()} for prefix, part in self._parts]}
+
+    def _side_files(self) -> Any:
+        """The content of the files that were given."""
+        return {name: hashlib.sha256(file_bytes(file)).hexdigest() for name, file in sorted((self._files or {}).items())}
 
     def _find(self, name: str) -> tuple[Checkpoint, str]:
         try:

@@ -1,11 +1,13 @@
 """Floor 3: recipes in, checkpoint expressions out; and the words in which search and evaluation talk."""
 
-from modelglue.recipe.build import build, linear_recipe, merge, read_with_models
+from modelglue.recipe.build import build, build_with_warnings, linear_recipe, merge, read_with_models
 from modelglue.recipe.candidate import Candidate, Evaluator, Scores, interval, paired_interval
+from modelglue.recipe.canonical import canonical, dump
 from modelglue.recipe.check import CheckReport, check
 from modelglue.recipe.document import Document, load_document, parse_document, read_document, validate
 from modelglue.recipe.mergeable import check_mergeable, vocabulary, warnings_of
-from modelglue.recipe.schema import FORMAT, Recipe, canonical, dump, read_recipe
+from modelglue.recipe.read import read_recipe
+from modelglue.recipe.schema import FORMAT, Recipe
 
 __all__ = [
     "FORMAT",
@@ -16,6 +18,7 @@ __all__ = [
     "Recipe",
     "Scores",
     "build",
+    "build_with_warnings",
     "canonical",
     "check",
     "check_mergeable",

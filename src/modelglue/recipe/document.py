@@ -21,36 +21,57 @@ Place = tuple[str | int, ...]
 
 
 class Document:
-    """Parsed YAML that remembers on which line every key and item stands."""
+    """Parsed YAML that remembers on which line every key and item stands.
 
-    def __init__(self, source: str, value: Any, lines: Mapping[Place, int]) -> None:
+    A document that was made from others (another dialect, several in one file) has a `trace`: place here -> where that was written.
+    Faults then speak of what was written.
+    """
+
+    def __init__(
+        self, source: str, value: Any, lines: Mapping[Place, int], trace: Mapping[Place, tuple[Document, Place]] | None = None
+    ) -> None:
         self.source = source
         self.value = value
         self._lines = lines
+        self._trace = trace or {}
 
     @property
     def lines(self) -> Mapping[Place, int]:
         """Line of every key and item, by its path."""
         return self._lines
 
+    def written(self, place: Place) -> tuple[Document, Place]:
+        """The document and place that `place` was made from."""
+        for end in range(len(place), -1, -1):
+            if place[:end] in self._trace:
+                document, start = self._trace[place[:end]]
+                return document.written((*start, *place[end:]))
+        return self, place
+
     def where(self, place: Place) -> str:
         """`file:line` of the nearest thing at or around `place`."""
+        document, place = self.written(place)
         for end in range(len(place), -1, -1):
-            line = self._lines.get(tuple(place[:end]))
+            line = document.lines.get(place[:end])
             if line is not None:
-                return f"{self.source}:{line}"
-        return self.source
+                return f"{document.source}:{line}"
+        return document.source
 
     def fault(self, place: Place, what: str) -> str:
         """One line of an error message."""
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.written(place)[1]).lstrip(".")
         return f"{self.where(place)}: {path + ': ' if path else ''}{what}"
 
 
 def load_document(source: str | Path | Mapping[str, Any]) -> Document:
     """Read a file (or take a mapping made in Python). YAML is loaded safely: no tag makes an object."""
+    return _only(load_documents(source))
+
+
+def load_documents(source: str | Path | Mapping[str, Any]) -> list[Document]:
+    """The same for a file that may hold several YAML documents; an empty file is one empty document."""
     if isinstance(source, Mapping):
-        return Document("<recipe>", dict(source), {})
+        return [Document("<recipe>", dict(source), {})]
     path = Path(source)
     try:
         text = path.read_text(encoding="utf-8")
@@ -59,7 +80,13 @@ def load_document(source: str | Path | Mapping[str, Any]) -> Document:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}).{near} Give the path of a YAML file.") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}). Give a YAML file.") from error
-    return parse_document(text, str(path))
+    return parse_documents(text, str(path))
+
+
+def _only(documents: Sequence[Document]) -> Document:
+    if len(documents) > 1:
+        raise RecipeError(f"{documents[0].source}: holds {len(documents)} YAML documents, one is allowed here.")
+    return documents[0]
 
 
 def _near(path: Path) -> str:
@@ -71,20 +98,24 @@ def _near(path: Path) -> str:
 
 
 def parse_document(text: str, source: str) -> Document:
-    """The same for text that is already in memory; `source` is what messages call it."""
+    """The one document of a text that is already in memory; `source` is what messages call it."""
+    return _only(parse_documents(text, source))
+
+
+def parse_documents(text: str, source: str) -> list[Document]:
+    """All documents of a text. Empty ones (a last line of dashes) do not count."""
+    documents = []
     try:
-        nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
-        if len(nodes) > 1:
-            raise RecipeError(f"{source}: holds {len(nodes)} YAML documents, one is allowed here.")
-        lines: dict[Place, int] = {}
-        value = _build(nodes[0], (), lines, source) if nodes else None
+        for node in yaml.compose_all(text, Loader=yaml.SafeLoader):
+            lines: dict[Place, int] = {}
+            documents.append(Document(source, _build(node, (), lines, source), lines))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise RecipeError(f"{source}{line}: is not valid YAML: {getattr(error, 'problem', None) or error}.") from error
     except RecursionError as error:
         raise RecipeError(f"{source}: is nested too deeply.") from error
-    return Document(source, value, lines)
+    return [document for document in documents if document.value is not None] or [Document(source, None, {})]
 
 
 #: nodes that one document may expand to; aliases of aliases could otherwise fill the memory from a few lines
@@ -176,6 +207,8 @@ def _explain(document: Document, model: type[BaseModel], detail: Any) -> str:
     if kind in _BOUNDS:
         name, sign = _BOUNDS[kind]
         return document.fault(place, f"is {_shown(found)}, allowed is a number {sign} {detail['ctx'][name]:g}.")
+    if kind == "too_long":
+        return document.fault(place, f"holds {detail['ctx']['actual_length']} items, allowed are {detail['ctx']['max_length']} at most.")
     if kind == "too_short":
         return document.fault(place, f"holds {detail['ctx']['actual_length']} items, allowed are {detail['ctx']['min_length']} or more.")
     if kind == "literal_error":

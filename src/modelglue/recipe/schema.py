@@ -1,28 +1,50 @@
-"""Our recipe dialect, checked against the registry of methods before anything is opened."""
+"""Our recipe dialect: what may stand in a recipe. What it means together is checked in `checks`."""
 
 from __future__ import annotations
 
-import typing
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 
-from modelglue.checkpoint import yaml_text
-from modelglue.errors import RecipeError, UserError, did_you_mean
-from modelglue.methods import all_methods, get
-from modelglue.recipe.document import Document, Place, load_document, validate
+from modelglue.recipe.document import Document, Place
 
 Format = Literal["modelglue/1"]
 FORMAT: Format = "modelglue/1"
-StoreDtype = Literal["float32", "float16", "bfloat16"]
+#: what a merge is written in: a dtype, that of the base (or first model), or the one to which the inputs' dtypes promote
+StoreDtype = Literal["float32", "float16", "bfloat16", "donor", "widest"]
 
 
-class Dtype(BaseModel):
-    """Arithmetic and files."""
+class Origin:
+    """Where a recipe was read, and what was odd about it. Equal to every other, so that recipes compare by what they say."""
+
+    def __init__(
+        self, document: Document | None = None, place: Place = (), warnings: Sequence[str] = (), notes: Sequence[str] = ()
+    ) -> None:
+        self.document = document or Document("<recipe>", None, {})
+        self.place = place
+        self.warnings = tuple(warnings)
+        self.notes = tuple(notes)
+
+    def fault(self, place: Place, what: str) -> str:
+        return self.document.fault((*self.place, *place), what)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origin)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class _Part(BaseModel):
+    """Strict and immutable, as everything in a recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Dtype(_Part):
+    """Arithmetic and files."""
 
     compute: Literal["float32"] = "float32"
     store: StoreDtype | None = None
@@ -30,226 +52,210 @@ class Dtype(BaseModel):
 
 
 def _kind_of_input(value: Any) -> str:
+    if isinstance(value, Source) or (isinstance(value, dict) and "model" in value):
+        return "a source"
     return "a recipe" if isinstance(value, dict | Recipe) else "a reference"
 
 
 #: a model on disk, or a merge that is an input of another merge; told apart by what it is, so that errors speak of one of them
 Input = Annotated[
     Annotated[str, Field(min_length=1), Tag("a reference")] | Annotated["Recipe", Tag("a recipe")],
+    Discriminator(lambda value: "a recipe" if isinstance(value, dict | Recipe) else "a reference"),
+]
+#: the same, or one with what is taken of it
+Base = Annotated[
+    Annotated[str, Field(min_length=1), Tag("a reference")] | Annotated["Recipe", Tag("a recipe")] | Annotated["Source", Tag("a source")],
     Discriminator(_kind_of_input),
 ]
+#: a part of a model: the prefix of its tensors' names, or prefixes and what they become
+PartOf = Annotated[str, Field(min_length=1)] | Annotated[dict[str, str], Field(min_length=1)]
+#: layers a to b - 1
+Layers = Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=2, max_length=2)]
 
 
-class Entry(BaseModel):
-    """One input: a reference or a nested recipe, and its values of the method's per-model parameters."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
+class Source(_Part):
+    """A model, and what is taken of it."""
 
     model: Input
-
-    @property
-    def own(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
+    part: PartOf | None = None
+    """Sub-model: `language_model` serves `language_model.model.norm.weight` as `model.norm.weight`; a mapping renames prefixes."""
+    architecture: Annotated[str, Field(min_length=1)] | None = None
+    """Class name that counts instead of the one in the model's config."""
+    layers: Layers | None = None
+    """In slices: [a, b] takes the layers a to b - 1."""
 
     @property
     def label(self) -> str:
         return self.model if isinstance(self.model, str) else f"({self.model.method} merge)"
 
 
-class Recipe(BaseModel):
-    """One merge. `models` and `base` may be recipes in turn, so a merge of merges is one document."""
+class Entry(Source):
+    """One input, and its values of the method's per-model parameters."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @property
+    def own(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Slice(_Part):
+    """A run of output layers, merged from equally long runs of the models' layers."""
+
+    models: Annotated[list[Entry], Field(min_length=1)]
+    base: Base | None = None
+    """Instead of the recipe's base."""
+    parameters: dict[str, Any] = {}
+
+
+class Module(_Part):
+    """One tower of a model that has several (encoder and decoder, text and vision)."""
+
+    models: Annotated[list[Entry], Field(min_length=1)] = []
+    slices: Annotated[list[Slice], Field(min_length=1)] = []
+    parameters: dict[str, Any] = {}
+
+
+class Into(_Part):
+    """The model of which the merge becomes a part; the rest of it is kept."""
+
+    model: Input
+    part: PartOf
+
+
+class TokenSource(_Part):
+    """A row of a model's embedding: that of the same token, of another one, or of a number."""
+
+    model: Annotated[str, Field(min_length=1)]
+    token: str | None = None
+    token_id: Annotated[int, Field(ge=0, strict=True)] | None = None
+
+
+class TokenRule(_Part):
+    """What stands in for a token in the models that lack it; with `force`, in all models."""
+
+    source: Literal["zero"] | TokenSource | None = None
+    force: bool = False
+
+
+class VocabularyOf(_Part):
+    """The vocabulary of one model."""
+
+    model: Annotated[str, Field(min_length=1)]
+
+
+class Tokenizer(_Part):
+    """The output's vocabulary, to which all models are aligned."""
+
+    source: Literal["union", "base"] | VocabularyOf = "union"
+    tokens: dict[str, TokenRule] = {}
+    pad_to_multiple_of: Annotated[int, Field(ge=1, strict=True)] | None = None
+
+
+class Recipe(_Part):
+    """One merge. `models` and `base` may be recipes in turn, so a merge of merges is one document.
+
+    Exactly one of `models`, `slices` and `modules` is given.
+    """
 
     format: Format = FORMAT
     method: str
-    base: Input | None = None
+    base: Base | None = None
     """What task vectors are taken from; for a method without one, the model whose config, tokenizer and dtypes the output takes."""
-    models: Annotated[list[Entry], Field(min_length=1)]
+    models: Annotated[list[Entry], Field(min_length=1)] = []
+    slices: Annotated[list[Slice], Field(min_length=1)] = []
+    modules: Annotated[dict[str, Module], Field(min_length=1)] = {}
+    into: Into | None = None
     parameters: dict[str, Any] = {}
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     dtype: Dtype = Dtype()
+    tokenizer: Tokenizer | None = None
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    vocabulary_mismatch: Literal["error", "truncate"] = "error"
+    missing: Literal["error", "present", "drop"] = "error"
+    shape_mismatch: Literal["error", "skip"] = "error"
+    allow_mixed: bool = False
+
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @property
+    def origin(self) -> Origin:
+        """Where the recipe was read."""
+        return self._origin
+
+    @property
+    def was_read(self) -> bool:
+        """Whether it came from a document, and was checked; what is made in Python is checked when it is built."""
+        return self._origin.document.value is not None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What reading the recipe found odd, here and in nested recipes."""
+        return self._origin.warnings
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the recipe means and does not say."""
+        return self._origin.notes
+
+    def with_origin(self, origin: Origin) -> Recipe:
+        """The recipe, and those inside it, remembering where they were read."""
+        self._origin = origin
+        for place, node in self.nested():
+            node.with_origin(Origin(origin.document, (*origin.place, *place)))
+        return self
+
+    def stretches(self) -> Iterator[Stretch]:
+        """Everything that is merged as one, in order: whole models, slices, and those of modules."""
+        if self.models:
+            yield Stretch((), self.models, None, ((("parameters",), self.parameters),), None, False)
+        for number, part in enumerate(self.slices):
+            yield _stretch(("slices", number), part, [(("parameters",), self.parameters)], None)
+        for name, module in self.modules.items():
+            place: Place = ("modules", name)
+            above: list[tuple[Place, Mapping[str, Any]]] = [((*place, "parameters"), module.parameters), (("parameters",), self.parameters)]
+            if module.models:
+                yield Stretch(place, module.models, None, tuple(above), name, False)
+            for number, part in enumerate(module.slices):
+                yield _stretch((*place, "slices", number), part, above, name)
+
+    def nested(self) -> Iterator[tuple[Place, Recipe]]:
+        """The recipes directly inside this one, by their places."""
+        for place, source in self.inputs():
+            model = source.model if isinstance(source, Source | Into) else source
+            if isinstance(model, Recipe):
+                yield ((*place, "model") if isinstance(source, Source | Into) else place), model
+
+    def inputs(self) -> Iterator[tuple[Place, str | Recipe | Source | Into]]:
+        """Every input by its place: the base comes before the models, `into` after them."""
+        if self.base is not None:
+            yield ("base",), self.base
+        for stretch in self.stretches():
+            if stretch.base is not None:
+                yield (*stretch.place, "base"), stretch.base
+            for number, entry in enumerate(stretch.models):
+                yield (*stretch.place, "models", number), entry
+        if self.into is not None:
+            yield ("into",), self.into
 
 
-def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
-    """Read a recipe in either dialect. RecipeError lists every fault with file and line."""
-    document = load_document(source)
-    if isinstance(document.value, dict) and "merge_method" in document.value:
-        document = _from_mergekit(document)
-    recipe = validate(document, Recipe)
-    faults = list(_check_methods(document, recipe, ()))
-    if faults:
-        raise RecipeError("\n".join(faults))
-    return recipe
+@dataclass(frozen=True)
+class Stretch:
+    """A run of layers (or the whole) with its models and the settings that hold for all of them, by their places, innermost first."""
+
+    place: Place
+    models: Sequence[Entry]
+    base: str | Recipe | Source | None
+    shared: tuple[tuple[Place, Mapping[str, Any]], ...]
+    module: str | None
+    sliced: bool
+
+    def labels(self) -> list[str]:
+        """What messages call the models; one that stands there twice is numbered."""
+        labels = [entry.label for entry in self.models]
+        return [label if labels.count(label) == 1 else f"{label} (number {n})" for n, label in enumerate(labels, 1)]
 
 
-def _check_methods(document: Document, recipe: Recipe, place: Place) -> Sequence[str]:
-    """What the registry says against a recipe and the recipes inside it."""
-    faults: list[str] = []
-    try:
-        method = get(recipe.method)
-    except UserError as error:
-        faults.append(document.fault((*place, "method"), str(error)))
-    else:
-        labels = unique_labels(recipe)
-        _, found = method.resolve(recipe.parameters, [entry.own for entry in recipe.models], labels)
-        faults += [document.fault(_place_of(fault, labels, place), _sentence(fault)) for fault in found]
-        if method.needs_base and recipe.base is None:
-            faults.append(document.fault(place, f"{method.id} needs a base model; add base: REF."))
-    for number, entry in enumerate(recipe.models):
-        if isinstance(entry.model, Recipe):
-            faults += _check_methods(document, entry.model, (*place, "models", number, "model"))
-    if isinstance(recipe.base, Recipe):
-        faults += _check_methods(document, recipe.base, (*place, "base"))
-    return faults
-
-
-def unique_labels(recipe: Recipe) -> list[str]:
-    """What messages call the models; one that stands there twice is numbered."""
-    labels = [entry.label for entry in recipe.models]
-    return [label if labels.count(label) == 1 else f"{label} (number {n})" for n, label in enumerate(labels, 1)]
-
-
-def _place_of(fault: str, labels: Sequence[str], place: Place) -> Place:
-    """Where a fault of the registry stands: in the entry of its model (and at the key it quotes), or under parameters."""
-    for number, label in enumerate(labels):
-        if fault.startswith(f"model {label}: "):
-            return (*place, "models", number, _key_in(fault.removeprefix(f"model {label}: ")))
-    if fault.startswith("parameters: "):
-        return (*place, "parameters", _key_in(fault.removeprefix("parameters: ")))
-    return place
-
-
-def _sentence(fault: str) -> str:
-    """The registry's words without the place, which the line already has."""
-    text = fault.removeprefix("parameters: ")
-    hint = " Parameters stand beside 'model' in this dialect." if "'parameters' is no parameter" in text else ""
-    return f"{text.removesuffix('.')}.{hint}"
-
-
-def _key_in(fault: str) -> str:
-    """The parameter's name, quoted or not, with which a fault begins."""
-    return fault.split(" ", 1)[0].strip("'")
-
-
-# -- mergekit's dialect ---------------------------------------------------------------------------------------------------
-
-_MERGEKIT_KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype")
-_MERGEKIT_LATER = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template", "name")
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16"}
-_IGNORED_PARAMETERS = ("int8_mask",)
-
-
-def _from_mergekit(document: Document) -> Document:
-    """Whole-model mergekit recipes with scalar parameters, as ours; everything else is refused by name, never ignored."""
-    value: dict[str, Any] = document.value
-    faults: list[str] = []
-    for key in value:
-        if key in _MERGEKIT_LATER:
-            faults.append(document.fault((key,), f"'{key}' of mergekit's dialect is not supported yet."))
-        elif key not in _MERGEKIT_KEYS:
-            faults.append(document.fault((key,), f"unknown key.{did_you_mean(key, _MERGEKIT_KEYS)} Allowed: {', '.join(_MERGEKIT_KEYS)}."))
-    method, base = str(value["merge_method"]), value.get("base_model")
-    if base is not None and not isinstance(base, str):
-        faults.append(document.fault(("base_model",), "allowed is a reference; mappings are not supported yet."))
-    shared = _settings(document, ("parameters",), value.get("parameters"), faults)
-    models = _mergekit_models(document, shared, faults)
-    store = _mergekit_dtype(document, faults)
-    if faults:
-        raise RecipeError("\n".join(faults))
-    if method in [known.id for known in all_methods() if known.takes_base]:
-        models = [entry for entry in models if entry["model"] != base]
-    elif base is not None and "weight" in shared and base not in [entry["model"] for entry in models]:
-        models.append({"model": base})  # there, a base that is not listed joins the models, and the shared weight is its own
-    if method in [known.id for known in all_methods()]:
-        shared = {**get(method).mergekit, **shared}
-    ours: dict[str, Any] = {"format": FORMAT, "method": method, "models": models, "parameters": shared}
-    if base is not None:
-        ours["base"] = base
-    if store is not None:
-        ours["dtype"] = {"store": store}
-    return Document(document.source, ours, _same_lines(document))
-
-
-def _mergekit_models(document: Document, shared: Mapping[str, Any], faults: list[str]) -> list[dict[str, Any]]:
-    """The entries of `models` with their parameters beside the reference; what is wrong goes to `faults`."""
-    entries = document.value.get("models")
-    if not isinstance(entries, list) or not entries:
-        faults.append(document.fault(("models",), "allowed is a list of {model: REF, parameters: {...}}."))
-        return []
-    models = []
-    for number, entry in enumerate(entries):
-        place: Place = ("models", number)
-        if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
-            faults.append(document.fault(place, "allowed is {model: REF, parameters: {...}} with a reference as text."))
-            continue
-        for key in entry:
-            if key not in ("model", "parameters"):
-                hint = " Parameters stand under 'parameters:' in this dialect." if key in shared or key in ("weight", "density") else ""
-                faults.append(document.fault((*place, key), f"unknown key beside model.{hint}"))
-        models.append({"model": entry["model"], **_settings(document, (*place, "parameters"), entry.get("parameters"), faults)})
-    return models
-
-
-def _settings(document: Document, place: Place, given: Any, faults: list[str]) -> dict[str, Any]:
-    """One `parameters` mapping, without the names that never change a result."""
-    if given is None:
-        return {}
-    if not isinstance(given, dict):
-        faults.append(document.fault(place, "allowed is a mapping of parameter names to numbers."))
-        return {}
-    for name, setting in given.items():
-        if isinstance(setting, list | dict):
-            faults.append(document.fault((*place, name), "gradients and filters are not supported yet."))
-    return {name: setting for name, setting in given.items() if name not in _IGNORED_PARAMETERS}
-
-
-def _mergekit_dtype(document: Document, faults: list[str]) -> str | None:
-    """What is stored: `out_dtype`, else `dtype`."""
-    key = "out_dtype" if document.value.get("out_dtype") else "dtype"
-    given = document.value.get(key)
-    if given is None:
-        return None
-    name = str(given).removeprefix("torch.")
-    name = _DTYPES.get(name, name)
-    if name not in typing.get_args(StoreDtype):
-        faults.append(document.fault((key,), f"is '{given}', allowed is float32, float16 or bfloat16."))
-    return name
-
-
-_RENAMED: Mapping[Place, Place] = {("merge_method",): ("method",), ("base_model",): ("base",)}
-
-
-def _same_lines(document: Document) -> Mapping[Place, int]:
-    lines = dict(document.lines)
-    for place, line in document.lines.items():
-        if place in _RENAMED:
-            lines[_RENAMED[place]] = line
-        if len(place) == 4 and place[0] == "models" and place[2] == "parameters":
-            lines[(place[0], place[1], place[3])] = line
-    return lines
-
-
-def dump(recipe: Recipe) -> str:
-    """The recipe as YAML that reads back to an equal recipe."""
-    return yaml_text(canonical(recipe))
-
-
-def canonical(recipe: Recipe) -> dict[str, Any]:
-    """JSON-ready, in one order, without defaults that say nothing."""
-    value: dict[str, Any] = {"format": recipe.format, "method": recipe.method}
-    if recipe.base is not None:
-        value["base"] = recipe.base if isinstance(recipe.base, str) else canonical(recipe.base)
-    value["models"] = [
-        {
-            "model": entry.model if isinstance(entry.model, str) else canonical(entry.model),
-            **dict(sorted(entry.own.items())),
-        }
-        for entry in recipe.models
-    ]
-    if recipe.parameters:
-        value["parameters"] = dict(sorted(recipe.parameters.items()))
-    value["seed"] = recipe.seed
-    if recipe.dtype.store is not None:
-        value["dtype"] = {"compute": recipe.dtype.compute, "store": recipe.dtype.store}
-    return value
+def _stretch(place: Place, part: Slice, above: Sequence[tuple[Place, Mapping[str, Any]]], module: str | None) -> Stretch:
+    shared = (((*place, "parameters"), part.parameters), *above)
+    return Stretch(place, part.models, part.base, shared, module, True)

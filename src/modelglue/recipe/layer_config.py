@@ -1,0 +1,73 @@
+"""The config of a model whose layers are others than its donor's: their number, and what it says layer by layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modelglue.recipe.layers import Tower, count_keys, sub_config, sub_config_key
+
+#: lists with one item per layer
+_PER_LAYER = re.compile(r"layer|type|pattern|block|head|intermediate_size|rope|window|expert")
+#: lists of layer numbers
+_NUMBERS = re.compile(r"only_layers|layer_indices|layers_idx|attention_layers$|attn_idxs|skip_layers")
+#: rules that count layers: they hold for a run of layers from 0 only
+_RULES = (
+    "full_attention_interval", "sliding_window_pattern", "first_k_dense_replace", "decoder_sparse_step", "moe_layer_freq",
+    "max_window_layers", "interleave_moe_layer_step", "attn_layer_period", "attn_layer_offset", "expert_layer_period",
+    "expert_layer_offset", "no_rope_layer_interval", "global_attn_every_n_layers", "num_kv_shared_layers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerSource:
+    """Where an output layer comes from: the config of the model, and the layer's number there."""
+
+    config: Mapping[str, Any]
+    number: int
+
+
+def layer_fields(config: Mapping[str, Any], tower: Tower, kind: str, layers: Sequence[LayerSource]) -> tuple[dict[str, Any], list[str]]:
+    """Fields to update in the donor's config for a tower that now has these layers, and what cannot be expressed.
+
+    `tower` is the donor's. Lists with one item per layer are put together from the configs of the models that the layers come
+    from; lists of layer numbers are renumbered.
+    """
+    own = sub_config(config, kind)
+    count = len(layers)
+    warnings: list[str] = []
+    fields: dict[str, Any] = {key: count for key in count_keys(own, kind) if own[key] == tower.count or key == count_keys(own, kind)[0]}
+    if kind == "decoder" and "num_decoder_layers" not in own and "decoder_layers" not in own and "num_layers" in own:
+        fields = {"num_decoder_layers": count}  # where it is not given, the decoder is as deep as the encoder
+    for key, value in own.items():
+        if isinstance(value, list) and _NUMBERS.search(key) and all(isinstance(item, int) for item in value):
+            fields[key] = [at for at, layer in enumerate(layers) if layer.number in _list(layer, kind, key, value)]
+        elif isinstance(value, list) and _PER_LAYER.search(key) and len(value) == tower.count:
+            fields[key] = _items(key, kind, layers, value)
+        elif isinstance(value, str) and "pattern" in key and len(value) == tower.count:
+            fields[key] = "".join(_items(key, kind, layers, list(value)))
+    straight = all(layer.number == at for at, layer in enumerate(layers))
+    if not straight:
+        for key in _RULES:
+            if own.get(key) not in (None, 0, 1) and not (key == "sliding_window_pattern" and "layer_types" in own):
+                warnings.append(
+                    f"the config says '{key}: {own[key]}', a rule by layer number that the new order of layers need not follow."
+                )
+    where = sub_config_key(config, kind)
+    return ({where: fields} if where is not None else fields), warnings
+
+
+def _list(layer: LayerSource, kind: str, key: str, default: Any) -> Any:
+    return sub_config(layer.config, kind).get(key, default)
+
+
+def _items(key: str, kind: str, layers: Sequence[LayerSource], default: Sequence[Any]) -> list[Any]:
+    """One item per output layer, from the model that it comes from."""
+    found = []
+    for layer in layers:
+        values = _list(layer, kind, key, default)
+        values = values if layer.number < len(values) else default
+        found.append(values[layer.number] if layer.number < len(values) else default[-1])
+    return found
