@@ -389,6 +389,8 @@ def test_a_view_is_known_by_what_it_shows() -> None:
     assert view(b).describe() == {"model": "model1"}
     assert [one.describe()["model"] for one in view(b).sources()] == ["model1", "model2"]
     assert view(b).config["vocab_size"] == 3
+    assert view(b).origins(EMBEDDING) == [(a, EMBEDDING), (b, EMBEDDING)]
+    assert view(b).origins("model.layers.0.norm.weight") == [(a, "model.layers.0.norm.weight")]
 
 
 # -- names and configs ------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,9 @@ class OverCheckpoint(Checkpoint):
     def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         return self._source.read(name, start, stop, out)
 
+    def origins(self, name: str) -> Sequence[tuple[Checkpoint, str]]:
+        return self._source.origins(name)
+
     def pieces(self, name: str, limit: int) -> Sequence[tuple[int, int]]:
         return self._source.pieces(name, limit)
 

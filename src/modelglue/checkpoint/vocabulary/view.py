@@ -100,6 +100,10 @@ class RevocabularyCheckpoint(OverCheckpoint):
         values = block[start - first * width : stop - first * width]
         return values if out is None else out.copy_(values)
 
+    def origins(self, name: str) -> Sequence[tuple[Checkpoint, str]]:
+        others = self._used if name in self._tables else []
+        return [origin for checkpoint in (self._source, *others) for origin in checkpoint.origins(name)]
+
     def pieces(self, name: str, limit: int) -> Sequence[tuple[int, int]]:
         if name not in self._tables:
             return self._source.pieces(name, limit)
