@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from modelglue.checkpoint import SafetensorsCheckpoint, TensorsCheckpoint, save, tensor_file
+from modelglue.checkpoint import PickledCheckpoint, SafetensorsCheckpoint, TensorsCheckpoint, save, tensor_file
 from modelglue.checkpoint.opening import open_folder
 from modelglue.checkpoint.side_files import SIDE_FILES
 from modelglue.errors import CheckpointError
@@ -276,6 +276,12 @@ def test_folder_that_is_no_model_is_refused(make: Callable[[Path], None], words:
 def test_file_of_another_format_is_refused(tmp_path: Path, name: str, words: str) -> None:
     (tmp_path / name).write_bytes(b"PK")
     refused(tmp_path / name, words, "Allowed is a model folder, or a .safetensors, .bin, .pt, .pth or .ckpt file.")
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for opened in (open_folder, SafetensorsCheckpoint, PickledCheckpoint):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            opened(tmp_path / "model.safetensors")
 
 
 def test_components_of_a_pipeline_are_named_and_are_models(tmp_path: Path) -> None:

@@ -27,14 +27,11 @@ def open_folder(path: Path, reference: str | None = None) -> DiskCheckpoint:
     """
     if path.is_file():
         return _open_file(path, reference)
-    try:
-        if SAFETENSORS.index_of(path) is not None or SAFETENSORS.files_in(path):
-            return SafetensorsCheckpoint(path, reference)
-        if PICKLED.index_of(path) is not None or PICKLED.files_in(path):
-            return PickledCheckpoint(path, reference)
-        raise _no_weights(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from error
+    if SAFETENSORS.index_of(path) is not None or SAFETENSORS.files_in(path):
+        return SafetensorsCheckpoint(path, reference)
+    if PICKLED.index_of(path) is not None or PICKLED.files_in(path):
+        return PickledCheckpoint(path, reference)
+    raise _no_weights(path)
 
 
 def _open_file(path: Path, reference: str | None) -> DiskCheckpoint:

@@ -29,10 +29,12 @@ class WeightFormat:
     others: tuple[str, ...]
 
     def files_in(self, folder: Path) -> list[Path]:
-        """The weight files of a folder, by name."""
-        return sorted(
-            path for path in folder.iterdir() if path.suffix in self.suffixes and not path.name.startswith(self.others) and path.is_file()
-        )
+        """The weight files of a folder, by name. CheckpointError where there is no folder to look into."""
+        try:
+            paths = sorted(folder.iterdir())
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be read ({error.strerror}). Give the folder of a model.") from error
+        return [path for path in paths if path.suffix in self.suffixes and not path.name.startswith(self.others) and path.is_file()]
 
     def index_of(self, folder: Path) -> Path | None:
         return next((folder / name for name in self.indexes if (folder / name).is_file()), None)
