@@ -200,7 +200,8 @@ class _Assembly:
             check_architectures(group)
         labels = [_label(key) for key in [*keys, *([base_key] if base_key is not None else [])]]
         if recipe.tokenizer is not None:
-            found = align(models, base, self._request(keys, base_key), labels)
+            named = self._store in STORE_DTYPES  # averaged rows are then rounded once, when they are stored
+            found = align(models, base, self._request(keys, base_key), labels, widen=named)
         elif recipe.vocabulary_mismatch == "truncate":
             found = truncate(models, base, labels)
         else:
