@@ -101,6 +101,16 @@ def test_any_window_of_any_view_is_read(data: st.DataObject, tmp_path_factory: p
 
 
 @FORMATS
+def test_single_elements_of_a_turned_tensor_can_be_looked_at_as_bytes(tmp_path: Path, zipped: bool) -> None:
+    """The writer does; torch calls one element contiguous whatever its stride."""
+    values = torch.arange(12.0).view(3, 4)
+    checkpoint = PickledCheckpoint(save_torch({"turned": values.t(), "column": values[:, 1]}, tmp_path / "m.pt", zipped))
+    for name, expected in (("turned", values.t()), ("column", values[:, 1])):
+        for place, value in enumerate(expected.reshape(-1).tolist()):
+            assert checkpoint.read(name, place, place + 1).view(torch.uint8).tolist() == bits(torch.tensor([value]))
+
+
+@FORMATS
 def test_tied_tensors_keep_both_names(tmp_path: Path, zipped: bool) -> None:
     table = randn(4, 3)
     folder = tmp_path / "model"

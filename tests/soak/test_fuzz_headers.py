@@ -15,12 +15,17 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
+from modelglue.checkpoint.protocol import PACKED_BITS
 from tests.checkpoint.files import names_in
 from tests.checkpoint.mutations import DATA, SHARDS, hostile_file, hostile_index, hostile_torch_file, opened
 
 FILES = 30_000
 INDEXES = 6_000
 TORCH_FILES = 30_000
+
+
+def bits(value: torch.Tensor) -> bytes:
+    return value.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes()
 
 
 @pytest.fixture
@@ -44,7 +49,8 @@ def test_damaged_files(seed: int, tmp_path: Path, traced: None) -> None:
             continue
         accepted += 1
         for name in checkpoint.names():
-            assert checkpoint.tensor(name).shape == checkpoint.info(name).shape
+            if checkpoint.info(name).dtype not in PACKED_BITS:  # these are described, and refused when they are read
+                assert checkpoint.tensor(name).shape == checkpoint.info(name).shape
         try:
             with safe_open(path, framework="pt") as library:
                 theirs = {name: tuple(library.get_slice(name).get_shape()) for name in library.keys()}  # noqa: SIM118 - it is no dict
@@ -101,7 +107,7 @@ def test_damaged_torch_files(seed: int, tmp_path: Path, traced: None, monkeypatc
             assert found.keys() == theirs.keys(), repr(data)
             for name, value in theirs.items():
                 assert found[name].shape == value.shape, repr(data)
-                assert found[name].contiguous().view(torch.uint8).tolist() == value.contiguous().view(torch.uint8).tolist(), repr(data)
+                assert bits(found[name]) == bits(value), repr(data)
     print(f"seed {seed}: {accepted} of {TORCH_FILES // 3} mutations were harmless, {agreed} to torch as well", flush=True)
     assert 0 < agreed <= accepted < TORCH_FILES // 6
     assert names_in(tmp_path) == ["model.bin"]

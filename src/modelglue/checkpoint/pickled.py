@@ -65,7 +65,9 @@ class PickledCheckpoint(DiskCheckpoint):
             values = _flat(torch.as_strided(storage, shape, stride, placed.offset * item), start * item, stop * item)
             return values.view(self._files.view(number, 0, 0, placed.info.dtype).dtype)
         storage = self._files.view(number, placed.begin, reach, placed.info.dtype)
-        return _flat(torch.as_strided(storage, placed.info.shape, placed.stride, placed.offset), start, stop)
+        values = _flat(torch.as_strided(storage, placed.info.shape, placed.stride, placed.offset), start, stop)
+        # A single element counts as contiguous whatever its stride, and then its bytes cannot be looked at.
+        return values if values.stride(0) == 1 else values.clone(memory_format=torch.contiguous_format)
 
 
 def _flat(view: torch.Tensor, start: int, stop: int) -> torch.Tensor:
