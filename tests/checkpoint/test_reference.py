@@ -294,6 +294,25 @@ def test_headers_alone_are_enough_to_check(hub: FakeHub, tmp_path: Path) -> None
     assert isinstance(open_checkpoint("org/model", headers_only=True), SafetensorsCheckpoint), "what is in the cache is opened"
 
 
+def test_check_of_a_recipe_downloads_no_weights(hub: FakeHub, tmp_path: Path) -> None:
+    from modelglue.recipe import check
+
+    for name in ("one", "two"):
+        hub.add(f"org/{name}", {"config.json": b"{}", "model.safetensors": tensor_bytes({"w": torch.zeros(1_000_000)})})
+    (tmp_path / "recipe.yaml").write_text("method: linear\nmodels: [{model: org/one, weight: 1.0}, {model: org/two, weight: 1.0}]\n")
+    report = check(tmp_path / "recipe.yaml")
+    assert report.models == ("org/one", "org/two")
+    assert hub.fetched() == ["config.json"]
+
+
+def test_a_reference_too_long_for_a_path_is_named_in_a_recipe(tmp_path: Path) -> None:
+    from modelglue.recipe import check
+
+    (tmp_path / "recipe.yaml").write_text(f"method: linear\nmodels: [{{model: {'x' * 5000}, weight: 1.0}}]\n")
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        check(tmp_path / "recipe.yaml")
+
+
 def test_long_headers_of_shards_are_fetched_in_parts(hub: FakeHub) -> None:
     many = {f"a.tensor.with.a.long.name.{number:06d}": torch.zeros(1, dtype=torch.uint8) for number in range(3000)}
     index = {"weight_map": {**dict.fromkeys(many, FIRST), "b": SECOND}}

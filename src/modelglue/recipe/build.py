@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,9 @@ def merge(source: str | Path | Mapping[str, Any] | Recipe, *, strict: bool = Fal
     return built.checkpoint
 
 
-def read_with_models(source: str | Path | Mapping[str, Any] | Recipe, *, strict: bool = False) -> tuple[Recipe, dict[str, Checkpoint]]:
+def read_with_models(
+    source: str | Path | Mapping[str, Any] | Recipe, *, strict: bool = False, headers_only: bool = False
+) -> tuple[Recipe, dict[str, Checkpoint]]:
     """The recipe, and its models on disk by reference, each opened once, the output's donor of config and tokenizer first.
 
     References are taken from the folder of the file, then from the working folder. One CheckpointError names all that cannot be opened.
@@ -40,7 +43,7 @@ def read_with_models(source: str | Path | Mapping[str, Any] | Recipe, *, strict:
     faults: list[str] = []
     for reference in references(recipe):
         try:
-            models[reference] = open_reference(reference, folder)
+            models[reference] = open_reference(reference, folder, headers_only=headers_only)
         except UserError as error:
             faults.append(str(error))
     if faults:
@@ -72,11 +75,12 @@ def build_with_warnings(recipe: Recipe, resolve: Resolve, *, strict: bool = Fals
     return assemble(recipe, resolve, strict=strict)
 
 
-def open_reference(reference: str, relative_to: Path | None) -> Checkpoint:
+def open_reference(reference: str, relative_to: Path | None, *, headers_only: bool = False) -> Checkpoint:
     """Open a model of a recipe that stands in the folder `relative_to`."""
-    if relative_to is not None and not (relative_to / reference).exists() and Path(reference).exists():
-        return open_checkpoint(reference)
-    return open_checkpoint(reference, relative_to=relative_to)
+    with contextlib.suppress(OSError, ValueError):  # a reference may be too long for a path, or none
+        if relative_to is not None and not (relative_to / reference).exists() and Path(reference).exists():
+            relative_to = None
+    return open_checkpoint(reference, relative_to=relative_to, headers_only=headers_only)
 
 
 def linear_recipe(members: Sequence[str], weights: Sequence[float], store: str | None = None) -> Recipe:

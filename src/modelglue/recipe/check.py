@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelglue.checkpoint import FLOATING, Checkpoint, plan_output
+from modelglue.checkpoint import Checkpoint, plan_output
+from modelglue.checkpoint.execution import Execution, execution_of
+from modelglue.checkpoint.licence import licence_warnings, parents
+from modelglue.checkpoint.memory import PROCESS_BYTES, WORKER_BYTES
 from modelglue.checkpoint.vocabulary import AlignmentReport
-from modelglue.methods import get
-from modelglue.recipe.assemble import Built, key_of
 from modelglue.recipe.build import build_with_warnings, read_with_models
 from modelglue.recipe.mergeable import architecture, warnings_of
-from modelglue.recipe.schema import Into, Recipe, Source
-from modelglue.settings import CHUNK_ELEMENTS, SMALL_OUTPUT_BYTES, default_workers
-
-#: float32 buffers that one chunk needs besides one per input: output, votes, masks
-_TEMPORARIES = 8
+from modelglue.recipe.override import overridden
+from modelglue.recipe.schema import Recipe, Source
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,8 @@ class CheckReport:
     """The answer of `check`.
 
     `read_bytes`: of the tensors that the merge reads, each once; `passes`: how often the method reads them. `output_bytes`: of the
-    weights that are written, and that the disk must have room for. `memory_bytes`: chunks that all workers hold at once.
+    tensors that are written; `disk_bytes`: of the weight files, for which the disk must have room. `memory_bytes`: what all processes
+    together hold privately, at most, torch included, as `save` reckons it.
     `alignment`: what becomes of the rows of the embeddings, where the recipe has a tokenizer section. `notes`: what the recipe means
     and does not say.
     """
@@ -39,6 +38,8 @@ class CheckReport:
     read_bytes: int
     passes: int
     output_bytes: int
+    disk_bytes: int
+    shards: int
     workers: int
     memory_bytes: int
     store: str
@@ -47,15 +48,28 @@ class CheckReport:
     alignment: AlignmentReport | None = None
 
 
-def check(source: str | Path | Mapping[str, Any] | Recipe, *, workers: int | None = None, strict: bool = False) -> CheckReport:
-    """Everything that `merge` would refuse before reading weights is refused here, with the same error."""
-    recipe, models = read_with_models(source, strict=strict)
+def check(
+    source: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    workers: int | None = None,
+    memory: int | None = None,
+    strict: bool = False,
+    allow_mixed: bool = False,
+    truncate_vocabulary: bool = False,
+) -> CheckReport:
+    """Everything that `merge` would refuse before reading weights is refused here, with the same error.
+
+    `workers` and `memory` are those of `save`; `allow_mixed` and `truncate_vocabulary` overrule the recipe. Time: headers, configs and
+    tokenizers are read.
+    """
+    recipe, models = read_with_models(source, strict=strict, headers_only=True)
+    recipe = overridden(recipe, allow_mixed=allow_mixed or None, vocabulary_mismatch="truncate" if truncate_vocabulary else None)
     built = build_with_warnings(recipe, models.__getitem__, strict=strict)
     merged = built.checkpoint
     plan = plan_output(merged)
     infos = [merged.info(name) for name in merged.names()]
-    workers = workers or (1 if plan.tensor_bytes < SMALL_OUTPUT_BYTES else default_workers())
-    largest = max((info.numel for info in infos if info.dtype in FLOATING), default=0)
+    execution = execution_of(merged, plan, workers=workers, chunk=None, memory=memory, device=None, executor=None)
+    found = [*recipe.warnings, *built.warnings, *warnings_of(list(models.values())), *licence_warnings(parents(merged))]
     return CheckReport(
         method=recipe.method,
         models=tuple(dict.fromkeys(entry.label for stretch in recipe.stretches() for entry in stretch.models)),
@@ -66,10 +80,12 @@ def check(source: str | Path | Mapping[str, Any] | Recipe, *, workers: int | Non
         read_bytes=_read_bytes(merged),
         passes=2 if any(cost.surveyed for cost in built.costs.values()) else 1,
         output_bytes=plan.tensor_bytes,
-        workers=workers,
-        memory_bytes=workers * 4 * _held(recipe, built, largest),
+        disk_bytes=sum(shard.size for shard in plan.shards),
+        shards=len(plan.shards),
+        workers=execution.division.workers,
+        memory_bytes=_memory(merged, execution),
         store=", ".join(sorted({info.dtype for info in infos})),
-        warnings=(*recipe.warnings, *built.warnings, *warnings_of(list(models.values()))),
+        warnings=tuple(dict.fromkeys(found)),
         notes=recipe.notes,
         alignment=built.alignment,
     )
@@ -87,19 +103,9 @@ def _read_bytes(merged: Checkpoint) -> int:
     return sum(found.values())
 
 
-def _nested(recipe: Recipe) -> Iterator[Recipe]:
-    """The recipes whose results the method computes with: a base that only gives config and tokenizer is none."""
-    for place, source in recipe.inputs():
-        if place == ("base",) and not get(recipe.method).takes_base:
-            continue
-        node = source.model if isinstance(source, Source | Into) else source
-        if isinstance(node, Recipe):
-            yield node
-
-
-def _held(recipe: Recipe, built: Built, largest: int) -> int:
-    """Elements that one worker holds at once: a chunk of every input and the temporaries, and those of the nested merge it reads."""
-    cost = built.costs[key_of(recipe)]
-    chunk = largest if cost.whole else min(CHUNK_ELEMENTS, largest)
-    inner = max((_held(node, built, largest) for node in _nested(recipe)), default=0)
-    return chunk * (cost.inputs + _TEMPORARIES) + inner
+def _memory(merged: Checkpoint, execution: Execution) -> int:
+    """What the processes may hold together: a worker's most, times the workers, within what is shared out among them."""
+    division = execution.division
+    elements = {name: min(division.chunk, max(merged.info(name).numel, 1)) for name in merged.names()}
+    largest = max((merged.working_bytes(name, count) for name, count in elements.items()), default=0)
+    return PROCESS_BYTES + min(division.capacity, division.workers * (WORKER_BYTES + largest))
