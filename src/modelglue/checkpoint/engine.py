@@ -19,7 +19,7 @@ from modelglue.checkpoint.protocol import Checkpoint, TensorInfo
 from modelglue.checkpoint.scratch import spill
 from modelglue.checkpoint.tensors import torch_dtype
 from modelglue.checkpoint.uniform import UniformSource
-from modelglue.checkpoint.workers import single_thread
+from modelglue.checkpoint.workers import collector_paused, single_thread
 from modelglue.errors import MergeError
 from modelglue.settings import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 
@@ -94,7 +94,8 @@ class Engine:
 
     def prepare(self, names: Sequence[str]) -> None:
         """Run the rounds that look at the whole model, and look for compiled chunk functions; called before workers start."""
-        import torch  # noqa: F401 - here and not in every worker: forked workers share its memory
+        with collector_paused():
+            import torch  # noqa: F401 - here and not in every worker: forked workers share its memory
 
         job = self._job
         merged = [name for name in names if name in job.merged and job.outputs[name].numel]
@@ -171,14 +172,15 @@ class Engine:
 
         parameters = self._job.parameters_of(name)
         survey = self._survey(name)
-        models, base, uniform = self._inputs(name, start, stop, shape)
+        surveyed = any(round_.ranges is None for round_ in self._job.rounds(name))  # every element has been looked at
+        models, base, uniform = self._inputs(name, start, stop, shape, check=not surveyed)
         with device.there():
             result = self._job.method.merge(models, base, uniform, survey, start, parameters)
         dtype = torch_dtype(self._job.outputs[name].dtype)
         stored = result.reshape(-1).to(dtype)
         # The sum of a chunk is finite unless an element is not (or the sum overflows, so look again before complaining).
         total = stored.sum(dtype=torch.float32 if dtype == torch.float16 else None)
-        if not bool(torch.isfinite(total)) and not bool(torch.isfinite(stored).all()):
+        if not math.isfinite(total.item()) and not bool(torch.isfinite(stored).all()):
             if bool(torch.isfinite(result).all()):
                 largest, kind = torch.finfo(dtype).max, str(dtype).removeprefix("torch.")
                 raise MergeError(
@@ -208,10 +210,10 @@ class Engine:
         return first
 
     def _inputs(
-        self, name: str, start: int, stop: int, shape: Sequence[int] | None
+        self, name: str, start: int, stop: int, shape: Sequence[int] | None, *, check: bool = True
     ) -> tuple[list[torch.Tensor], torch.Tensor | None, Sequence[torch.Tensor] | None]:
         """One chunk of every model, of the base, and of the uniform numbers, in the given shape (default: as they lie)."""
-        models, base = self._load(name, start, stop)
+        models, base = self._load(name, start, stop, check)
         if shape is not None:
             models = [model.view(tuple(shape)) for model in models]
             base = base.view(tuple(shape)) if base is not None else None
@@ -220,8 +222,8 @@ class Engine:
         streams = [self._job.streams[position] for position in self._job.members_of(name)]
         return models, base, _Uniforms(self._job.uniforms, name, streams, start, stop, shape)
 
-    def _load(self, name: str, start: int, stop: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """One chunk of every input, in the compute dtype; refuses NaN and infinity by model and tensor."""
+    def _load(self, name: str, start: int, stop: int, check: bool) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """One chunk of every input, in the compute dtype; refuses NaN and infinity by model and tensor, if it is to `check`."""
         import torch
 
         job = self._job
@@ -233,7 +235,7 @@ class Engine:
         for slot, (label, checkpoint) in enumerate(zip(labels, inputs, strict=True)):
             values = checkpoint.read(name, start, stop)
             chunk = (values if lane is None else lane.upload((id(self), slot), values)).to(compute)
-            if not bool(torch.isfinite(chunk.sum())) and not bool(torch.isfinite(chunk).all()):
+            if check and not math.isfinite(chunk.sum().item()) and not bool(torch.isfinite(chunk).all()):
                 raise MergeError(
                     f"{label}: tensor '{name}' holds NaN or infinity near element {start + _first_bad(chunk):,}. "
                     "Repair or leave out this model."
