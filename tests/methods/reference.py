@@ -30,3 +30,37 @@ def elect(base: Array, pruned: Sequence[Array], weight: Sequence[float], normali
         merged = merged / np.where(shares == 0, 1.0, shares)
     result: Array = base + scale * merged
     return result
+
+
+def band(delta: Array, density: float, gamma: float) -> Array:
+    """Breadcrumbs: without the floor(gamma N) largest (of equal ones the first is the larger), the max(1, floor(density N)) next stay."""
+    if density >= 1:
+        return delta
+    keep = max(1, int(np.floor(density * delta.size)))
+    top = min(int(np.floor(gamma * delta.size)), delta.size - keep)
+    order = np.argsort(-np.abs(delta), kind="stable")[top : top + keep]
+    kept = np.zeros_like(delta)
+    kept[order] = delta[order]
+    return kept
+
+
+def chances(delta: Array, density: float, epsilon: float) -> Array:
+    """DELLA: the probability of every entry of one row, by its rank (of equal ones the first is the smaller)."""
+    if delta.size == 1:
+        return np.full(1, density)
+    rank = np.argsort(np.argsort(np.abs(delta), kind="stable"), kind="stable")
+    result: Array = density - epsilon + 2 * epsilon * rank / (delta.size - 1)
+    return result
+
+
+def restored(delta: Array, pruned: Array) -> Array:
+    """Stretched to the L1 norm that it had."""
+    left = np.abs(pruned).sum()
+    return pruned * (np.abs(delta).sum() / left) if left >= 1e-7 else pruned
+
+
+def total(base: Array, pruned: Sequence[Array], weight: Sequence[float], normalize: bool, scale: float) -> Array:
+    """Without election."""
+    merged = np.sum([w * delta for w, delta in zip(weight, pruned, strict=True)], axis=0)
+    result: Array = base + scale * merged / (sum(weight) if normalize else 1.0)
+    return result

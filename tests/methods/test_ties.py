@@ -54,6 +54,30 @@ def test_one_threshold_for_the_whole_model(deltas: list[Tensor], density: float)
     assert found == reference.trim(laid_out, density).tolist()
 
 
+@given(awkward, densities)
+def test_all_that_tie_at_the_threshold_stay_on_request(delta: Tensor, density: float) -> None:
+    each = {"weight": [1.0], "density": [density]}
+    found = merge("ties", [delta], torch.zeros_like(delta), each, trim_ties="all")
+    magnitude = delta.abs()
+    keep = max(1, int(np.floor(density * len(delta))))
+    least = magnitude.sort(descending=True).values[keep - 1]
+    assert found.tolist() == torch.where(magnitude >= least, delta, 0.0).tolist()
+
+
+@given(lengths, seeds, densities, st.booleans())
+def test_the_largest_that_agrees_on_request(length: int, seed: int, density: float, normalize: bool) -> None:
+    base, models = family(length, seed)
+    weight = [0.5, 1.5, 1.0]
+    each = {"weight": weight, "density": [density] * 3}
+    found = merge("ties", models, base, each, agreeing="largest", normalize=normalize)
+    trimmed = np.array([reference.trim((model - base).numpy().astype(np.float64), density) for model in models])
+    values = np.array(weight)[:, None] * trimmed
+    sign = np.where(values.sum(axis=0) >= 0, 1.0, -1.0)
+    best = np.where(np.sign(values) == sign, np.abs(values), 0).argmax(axis=0)
+    taken = np.where(np.sign(values) == sign, trimmed if normalize else values, 0)[best, np.arange(length)]
+    np.testing.assert_allclose(found.numpy(), base.numpy() + taken, rtol=1e-4, atol=1e-5)
+
+
 def test_at_least_one_entry_stays() -> None:
     delta = torch.tensor([0.1, -0.3, 0.2])
     found = merge("ties", [delta], torch.zeros(3), {"weight": [1.0], "density": [0.05]})

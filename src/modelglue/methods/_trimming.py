@@ -41,8 +41,9 @@ def _magnitudes(models: Any, base: Any, known: Any, start: int, parameters: Mapp
 
 
 def _left(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> list[Tensor | None]:
-    cut = [lane is not None for lane in known[3].of[0::2]]
-    return [p if is_cut else None for p, is_cut in zip(trimmed(models, base, known, start), cut, strict=True)]
+    lanes = known[3].of
+    cut = [above is not None or upto is not None for above, upto in zip(lanes[0::2], lanes[1::2], strict=True)]
+    return [left if is_cut else None for left, is_cut in zip(trimmed(models, base, known, start), cut, strict=True)]
 
 
 def trimmed(models: Sequence[Tensor], base: Tensor, known: Sequence[Any], start: int) -> list[Tensor]:
