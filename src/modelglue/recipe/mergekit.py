@@ -245,7 +245,7 @@ class _Converter:
             entry["architecture"] = given.reference.architecture
         if given.layers is not None:
             entry["layers"] = given.layers
-            self._trace((*ours, "layers"), (*given.place, "layer_range"))
+        self._trace((*ours, "layers"), (*given.place, "layer_range"))
         for name, setting in given.parameters.items():
             entry[name] = setting
         for name in (parameter.name for parameter in self._method.parameters) if self._method else given.parameters:
