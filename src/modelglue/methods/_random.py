@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 #: what the survey dropped is remembered, one bit an entry, for so many entries; behind them it is worked out again
-_REMEMBERED = 2**28
+_REMEMBERED = 2**27
 
 
 @dataclass(frozen=True)

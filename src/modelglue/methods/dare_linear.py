@@ -37,7 +37,7 @@ def dare_linear(
     Every entry of X_i - B is kept with probability `density`; the rest is rescaled to the L1 norm that the vector had (or by
     1/density as in the paper, which is unbiased); B + lambda * sum_i w_i P_i. Always seeded: the random numbers depend on seed, tensor
     name, model and position only. Time O(n P), inputs read twice when rescaling by length; memory: one chunk of every input and its
-    random numbers, and one bit for every entry of a tensor and model (up to 32 MiB).
+    random numbers, and one bit for every entry of a tensor and model (up to 16 MiB).
 
     Parameters:
         weight: scale of this model's task vector; may be negative.
