@@ -16,16 +16,17 @@ from modelglue import errors
 from modelglue.cli.app import COMMANDS, app
 
 NAMES = """
-Checkpoint Mixture ModelGlueError RunError UserError __version__ check diff evaluate find_families glue load_into load_live merge method open
-save select similarity
+Checkpoint Mixture ModelGlueError RunError UserError __version__ check diff evaluate find_families glue load_into load_live merge method
+open save select similarity
 """.split()  # noqa: SIM905
 
 FLOOR_NAMES = {
     "evaluation": "CandidateEvaluator ScoreStore TaskSet evaluate leak_check score_text_model",
     "methods": "Method Parameter PerModel Range all_methods get method per_model",
     "recipe": """
-        FORMAT Candidate CheckReport Document Evaluator Recipe Scores build canonical check check_mergeable dump interval linear_recipe
-        load_document merge paired_interval parse_document read_document read_recipe read_with_models validate vocabulary warnings_of
+        FORMAT Candidate CheckReport Document Evaluator Recipe Scores build build_with_warnings canonical check check_mergeable dump
+        interval linear_recipe load_document merge paired_interval parse_document read_document read_recipe read_with_models validate
+        vocabulary warnings_of
     """,
 }
 
@@ -33,8 +34,12 @@ FLOOR_NAMES = {
 OPTIONS = {
     "demo": "--run --workers --overwrite --quiet --json",
     "glue": "--source --run --workers --overwrite --quiet --json",
-    "merge": "--recipe --out --workers --memory --device --executor --shard-size --overwrite --quiet --json",
-    "check": "--recipe --workers --json",
+    "merge": (
+        "--recipe --out --workers --memory --device --executor --shard-size --seed --allow-mixed --truncate-vocabulary --strict "
+        "--overwrite --quiet --json"
+    ),
+    "check": "--recipe --out --workers --memory --allow-mixed --truncate-vocabulary --strict --similarity --json --quiet",
+    "convert": "--recipe --out --strict --overwrite --json",
     "methods": "--name --json",
     "inspect": "--model --tensors --identity --json",
     "diff": "--a --b --tensors --out --overwrite --workers --json --quiet",

@@ -139,7 +139,7 @@ def test_bash_completes_with_it(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
         "function=$(complete -p modelglue | sed 's/.*-F \\([^ ]*\\) .*/\\1/'); $function; printf '%s\\n' \"${COMPREPLY[@]}\""
     )
     done = subprocess.run([bash, "--norc", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert sorted(done.stdout.split()) == ["merge", "methods"]
+    assert sorted(done.stdout.split()) == ["merge", "merge-adapters", "methods"]
 
 
 # -- as a process -----------------------------------------------------------------------------------------------------------------

@@ -7,18 +7,30 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.cli.conftest import Run, tree
 from tests.recipe.on_disk import write_model, write_recipe
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, int | None]:
+    """What the machine has free: as much as the test says."""
+    free: dict[str, int | None] = {"disk": 5_000_000_000, "memory": 2_000_000_000}
+    monkeypatch.setattr("modelglue.cli.check._disk_free", lambda out: free["disk"])
+    monkeypatch.setattr("modelglue.cli.check._memory_free", lambda: free["memory"])
+    return free
 
 
 def test_the_report(run: Run, zoo: Path) -> None:
     before = tree(zoo)
     found = run("check", zoo / "recipe.yaml")
     assert (found.code, found.err) == (0, "")
+    memory = json.loads(run("check", zoo / "recipe.yaml", "--json").out)["memory_bytes"]
     assert found.text == (
         "method task_arithmetic models a b base base architecture LlamaForCausalLM tensors 14, 0.0 M parameters, stored as F32 "
-        "reads 5.8 kB, once writes 1.9 kB memory 2.6 kB of chunks in 1 worker, besides torch itself ok: this merge will run"
+        f"reads 5.8 kB, once disk 3.3 kB in 1 file; 5.0 GB free memory up to {memory / 1e6:.1f} MB private in 1 worker; 2.0 GB free "
+        "ok: this merge will run"
     )
     assert tree(zoo) == before
 
@@ -26,10 +38,12 @@ def test_the_report(run: Run, zoo: Path) -> None:
 def test_json(run: Run, zoo: Path) -> None:
     found = run("check", zoo / "recipe.yaml", "--json", "--workers", "2")
     assert (found.code, found.err) == (0, "")
-    assert json.loads(found.out) == {
+    value = json.loads(found.out)
+    assert 250_000_000 < value.pop("memory_bytes") < 1_000_000_000
+    assert value == {
         "method": "task_arithmetic", "models": ["a", "b"], "base": "base", "architecture": "LlamaForCausalLM", "tensors": 14,
-        "parameters": 480, "read_bytes": 5760, "passes": 1, "output_bytes": 1920, "workers": 2, "memory_bytes": 2 * 4 * 60 * 11,
-        "store": "F32", "warnings": [],
+        "parameters": 480, "read_bytes": 5760, "passes": 1, "output_bytes": 1920, "disk_bytes": 3256, "shards": 1, "workers": 2,
+        "store": "F32", "warnings": [], "notes": [], "alignment": None, "disk_free": 5_000_000_000, "memory_free": 2_000_000_000,
     }  # fmt: skip
 
 
@@ -40,8 +54,68 @@ def test_what_stands_out(run: Run, zoo: Path) -> None:
     write_recipe(zoo / "r.yaml", f"method: linear\nmodels:\n  - {{model: {nested}, weight: 1}}\ndtype: {{store: bfloat16}}\n")
     text = run("check", zoo / "r.yaml", "--workers", "3").text
     assert "models (ties merge) base none architecture unknown (no config)" in text
-    assert "stored as BF16 reads 3.8 kB, twice writes 960 B" in text
-    assert "in 3 workers, besides torch itself" in text
+    assert "stored as BF16 reads 3.8 kB, twice disk 2.3 kB in 1 file" in text
+    assert "private in 3 workers" in text
+
+
+def test_what_the_machine_has_too_little_of(run: Run, zoo: Path, machine: dict[str, int | None]) -> None:
+    machine["disk"], machine["memory"] = 3000, 1000
+    found = run("check", zoo / "recipe.yaml")
+    assert found.code == 0
+    assert "warning: disk: the merge needs 3.3 kB, 3.0 kB are free now. Choose another disk.\n" in found.out
+    assert "MB, 1.0 kB are free now. Set --memory, or use fewer --workers.\n" in found.out
+    machine["disk"] = machine["memory"] = None
+    found = run("check", zoo / "recipe.yaml")
+    assert ("free" in found.out, "warning" in found.out) == (False, False)
+
+
+def test_what_vocabularies_become(run: Run, zoo: Path) -> None:
+    write_model(zoo / "more", 4, words=["<s>", "</s>", "a", "b", "c", "d", "x", "y"])
+    write_recipe(
+        zoo / "r.yaml", "method: linear\nmodels:\n  - {model: a, weight: 1}\n  - {model: more, weight: 1}\ntokenizer: {source: union}\n"
+    )
+    text = run("check", zoo / "r.yaml").text
+    assert "vocabulary 10 tokens in 10 rows a: 8 rows before; now 8 own, 2 only more: 8 rows before; now 8 own, 2 only" in text
+    alignment = json.loads(run("check", zoo / "r.yaml", "--json").out)["alignment"]
+    assert (alignment["tokens"], alignment["rows"]) == (10, 10)
+
+
+def test_limits_and_flags_are_those_of_merge(run: Run, zoo: Path) -> None:
+    found = run("check", zoo / "recipe.yaml", "--memory", "1MB")
+    assert (found.code, "a memory of 1,000,000 bytes is too little" in found.err) == (2, True)
+    found = run("check", zoo / "recipe.yaml", "--memory", "much")
+    assert (found.code, "--memory is 'much'; allowed is a positive size such as 500MB, 5GB or 2GiB." in found.err) == (2, True)
+    write_recipe(zoo / "r.yaml", "merge_method: linear\nembed_slerp: true\nmodels:\n  - {model: a, parameters: {weight: 1}}\n")
+    assert run("check", zoo / "r.yaml").code == 0
+    assert run("check", zoo / "r.yaml", "--strict").code == 2
+
+
+def test_similarity_on_request(run: Run, zoo: Path) -> None:
+    for name, seed in (("c", 1), ("d", 1)):  # twins of a
+        write_model(zoo / name, seed)
+    write_recipe(
+        zoo / "r.yaml",
+        "method: task_arithmetic\nbase: base\nmodels:\n  - {model: a, weight: 1}\n  - {model: c, weight: 1}\n  - {model: b, weight: 1}\n",
+    )
+    assert "similarity" not in run("check", zoo / "r.yaml").out
+    found = json.loads(run("check", zoo / "r.yaml", "--similarity", "--json").out)
+    pairs = {tuple(pair["models"]): pair for pair in found["similarity"]["pairs"]}
+    assert set(pairs) == {("a", "c"), ("a", "b"), ("c", "b")}
+    assert pairs["a", "c"]["weights"] == pytest.approx(1.0)
+    assert pairs["a", "c"]["task_vectors"] == pytest.approx(1.0)
+    assert abs(pairs["a", "b"]["weights"]) < 0.5
+    far = [warning for warning in found["warnings"] if "alike; below 0.95 a merge seldom keeps" in warning]
+    assert [warning.split(" are ")[0] for warning in far] == ["a and b", "c and b"]
+    text = run("check", zoo / "r.yaml", "--similarity").text
+    assert "a - c: weights 1.0000, task vectors +1.0000" in text
+
+
+def test_task_vectors_that_point_apart(run: Run, zoo: Path) -> None:
+    base, a = load_file(zoo / "base" / "model.safetensors"), load_file(zoo / "a" / "model.safetensors")
+    write_model(zoo / "anti", weights={name: base[name] - (a[name] - base[name]) for name in base})
+    write_recipe(zoo / "r.yaml", "method: ties\nbase: base\nmodels:\n  - {model: a, weight: 1}\n  - {model: anti, weight: 1}\n")
+    out = run("check", zoo / "r.yaml", "--similarity").out
+    assert "the task vectors of a and anti point in opposite directions (-1.0000): one takes back what the other adds." in out
 
 
 def test_warnings(run: Run, zoo: Path) -> None:
@@ -69,7 +143,7 @@ def test_names_that_look_like_markup(run: Run, zoo: Path) -> None:
     [
         (
             "method: linear\nmodels:\n  - {model: a, wieght: 1}\n  - {model: b, weight: x}\n",
-            ["r.yaml:3: models[0].wieght", "r.yaml:3: models[0].weight", "r.yaml:4: models[1].weight"],
+            ["r.yaml:3: models[0].wieght", "r.yaml:4: models[1].weight", "r.yaml:3: models[0].weight"],
         ),
         (
             "method: linear\nmodels:\n  - {model: ./aa, weight: 1}\n  - {model: ./bb, weight: 1}\n",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,12 @@ import torch
 from safetensors import safe_open
 
 from modelglue.checkpoint import save
-from modelglue.errors import ModelGlueError
+from modelglue.checkpoint.memory import DEFAULT_BYTES, PROCESS_BYTES
+from modelglue.errors import MergeError, ModelGlueError, UserError
 from modelglue.methods import get
 from modelglue.recipe import check, merge, read_recipe
-from modelglue.settings import CHUNK_ELEMENTS
 from tests.recipe.on_disk import write_model, write_recipe
 from tests.zoo.models import tensors
-
-#: the module, whose name in its package is that of its function
-MODULE = sys.modules["modelglue.recipe.check"]
 
 
 @pytest.fixture(scope="module")
@@ -88,24 +84,67 @@ def test_models_are_counted_once_and_nested_ones_too(folder: Path) -> None:
 
 
 def test_memory_grows_with_inputs_workers_and_nesting(folder: Path) -> None:
+    """Reckoned as `save` reckons it: processes, then for every worker the pages and chunks of all inputs."""
     models = [{"model": str(folder / name), "weight": 1} for name in ("a", "b")]
     two = check({"method": "linear", "models": models})
     three = check({"method": "linear", "models": [*models, models[0]]})
-    largest = max(tensor.numel() for tensor in tensors(0).values())
-    assert largest < CHUNK_ELEMENTS
-    assert three.memory_bytes - two.memory_bytes == 4 * largest
-    assert check({"method": "linear", "models": models}, workers=3).memory_bytes == 3 * two.memory_bytes
+    assert PROCESS_BYTES < two.memory_bytes < three.memory_bytes < DEFAULT_BYTES
+    six = check({"method": "linear", "models": models}, workers=3)
+    assert six.memory_bytes - PROCESS_BYTES == 3 * (two.memory_bytes - PROCESS_BYTES)
     nested = check({"method": "linear", "models": [{"model": {"method": "linear", "models": models}, "weight": 1}, models[0]]})
-    assert nested.memory_bytes == 2 * two.memory_bytes
+    assert nested.memory_bytes > three.memory_bytes
+
+
+def test_a_limit_of_memory_is_kept_or_refused(folder: Path) -> None:
+    recipe = {"method": "linear", "models": [{"model": str(folder / "a"), "weight": 1}]}
+    wide = check(recipe, workers=8)
+    limit = (wide.memory_bytes + PROCESS_BYTES) // 2
+    narrow = check(recipe, workers=8, memory=limit)
+    assert narrow.workers < wide.workers == 8
+    assert narrow.memory_bytes <= limit
+    with pytest.raises(UserError, match="a memory of 1,000 bytes is too little"):
+        check(recipe, memory=1000)
+
+
+def test_the_disk_holds_headers_too(folder: Path, tmp_path: Path) -> None:
+    recipe = {"method": "linear", "models": [{"model": str(folder / "a"), "weight": 1}]}
+    report = check(recipe)
+    save(merge(recipe), tmp_path / "out")
+    assert (report.disk_bytes, report.shards) == ((tmp_path / "out" / "model.safetensors").stat().st_size, 1)
+    assert report.output_bytes < report.disk_bytes
 
 
 def test_the_number_of_workers_is_what_merge_would_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = {"method": "linear", "models": [{"model": str(folder / "a"), "weight": 1}]}
     monkeypatch.setenv("MODELGLUE_WORKERS", "3")
     assert check(recipe).workers == 1
-    monkeypatch.setattr(MODULE, "SMALL_OUTPUT_BYTES", 0)
+    monkeypatch.setattr("modelglue.checkpoint.execution.SMALL_OUTPUT_BYTES", 0)
     assert check(recipe).workers == 3
     assert check(recipe, workers=2).workers == 2
+
+
+def test_what_the_command_line_overrules(folder: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "mistral", 1, architectures=["MistralForCausalLM"])
+    write_model(tmp_path / "fewer", 1, words=["<s>", "</s>"])
+    mixed, fewer = (
+        {"method": "linear", "models": [{"model": str(folder / "a"), "weight": 1}, {"model": str(tmp_path / name), "weight": 1}]}
+        for name in ("mistral", "fewer")
+    )
+    with pytest.raises(MergeError, match="one merge takes one architecture"):
+        check(mixed)
+    assert check(mixed, allow_mixed=True).tensors == 14
+    with pytest.raises(MergeError, match="number their tokens differently"):
+        check(fewer)
+    assert check(fewer, truncate_vocabulary=True).tensors == 14
+
+
+def test_licences_are_among_the_warnings(folder: Path, tmp_path: Path) -> None:
+    for name, licence in (("x", "cc-by-nc-4.0"), ("y", "mit")):
+        write_model(tmp_path / name, 1)
+        (tmp_path / name / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    recipe = {"method": "linear", "models": [{"model": str(tmp_path / name), "weight": 1} for name in ("x", "y")]}
+    (warning,) = check(recipe).warnings
+    assert warning == f"{tmp_path}/x is under cc-by-nc-4.0, for non-commercial use only; mit beside it does not change that."
 
 
 def test_a_base_that_is_a_merge_has_a_name(folder: Path) -> None:
@@ -197,10 +236,10 @@ def test_all_cases_are_asked(broken: dict[str, dict[str, Any]]) -> None:
 
 
 def test_a_method_that_holds_matrices_needs_the_largest_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks smaller than the largest tensor: only a method of unit matrix pays for the whole."""
-    monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", 10)
+    """Of every input, and three more."""
     recipe = {"method": "linear", "models": [{"model": str(folder / "a"), "weight": 1}]}
-    assert check(recipe).memory_bytes == 4 * 10 * 9
+    before = check(recipe).memory_bytes
     linear = get("linear")
     monkeypatch.setattr(type(linear), "unit", lambda self, parameters: "matrix")
-    assert check(recipe).memory_bytes == 4 * 60 * 9
+    chunks, matrices = (3 * 1 + 8) * 60 * 4, (1 + 3) * 60 * 4
+    assert check(recipe).memory_bytes - before == matrices - chunks

@@ -29,6 +29,7 @@ COMMANDS = {
     "glue": ("modelglue.cli.glue:glue", "Turn a zoo into one model: group, select, merge, route, report."),
     "merge": ("modelglue.cli.merge:merge", "Merge models by a recipe."),
     "check": ("modelglue.cli.check:check", "Say from headers alone whether a recipe will work and what it needs."),
+    "convert": ("modelglue.cli.convert:convert", "Print a recipe of mergekit's as one of ours."),
     "methods": ("modelglue.cli.methods:methods", "List the merge methods, or explain one."),
     "inspect": ("modelglue.cli.inspect:inspect", "Show a model's layers, roles, dtypes, sizes and tensors."),
     "diff": ("modelglue.cli.diff:diff", "Show where two models differ, by layer and role."),
@@ -69,7 +70,20 @@ def _run(arguments: list[str]) -> None:
         app[command].help = None  # the list of commands shows one line of help, the command itself its whole docstring
     elif command and not command.startswith("-"):
         raise UserError(f"there is no command '{command}'.{did_you_mean(command, COMMANDS)} Known: {', '.join(COMMANDS)}.")
+    if command == "merge":
+        arguments = _in_our_words(arguments)
     app(arguments)
+
+
+def _in_our_words(arguments: list[str]) -> list[str]:
+    """mergekit's flags become ours; what means nothing here is said, unless all should be quiet."""
+    from modelglue.cli.mergekit_flags import translate
+
+    ours, notes = translate(arguments)
+    if "--quiet" not in ours:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+    return ours
 
 
 def _fail(error: ModelGlueError, shown: bool, cause: BaseException | None = None) -> NoReturn:

@@ -19,6 +19,10 @@ def merge(
     device: str = "cpu",
     executor: str = "local",
     shard_size: str = "5GB",
+    seed: Annotated[int | None, Parameter(validator=Number(gte=0))] = None,
+    allow_mixed: Annotated[bool, Parameter(negative=())] = False,
+    truncate_vocabulary: Annotated[bool, Parameter(negative=())] = False,
+    strict: Annotated[bool, Parameter(negative=())] = False,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     quiet: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
@@ -27,6 +31,9 @@ def merge(
 
     Streams chunk by chunk, so memory does not grow with the models. Killed at any moment, it continues when run again;
     nothing half-written ever stands under the final name. A finished output of the same recipe is left alone.
+
+    mergekit's own flags (--cuda, --allow-crimes, --lazy-unpickle and so on) are accepted as well: what they mean here is done, and
+    what means nothing here is answered with one line.
 
     Parameters
     ----------
@@ -45,6 +52,14 @@ def merge(
         Where workers run: local (this machine), ray or ray://HOST:PORT (a Ray cluster on a shared disk; needs modelglue[ray]).
     shard_size
         Largest weight file, such as 500MB or 5GB.
+    seed
+        Seed of random methods. Default: the recipe's.
+    allow_mixed
+        Merge models of different classes all the same, where their tensors fit.
+    truncate_vocabulary
+        Where vocabularies differ, keep the rows that all models have.
+    strict
+        Treat warnings about the recipe as errors.
     overwrite
         Replace an existing model folder; a folder that holds no model is refused.
     quiet
@@ -53,21 +68,24 @@ def merge(
         Print the summary as JSON.
     """
     from modelglue.checkpoint import save
-    from modelglue.cli.console import byte_progress, print_json, print_warnings, size, stderr
-    from modelglue.recipe import build, read_with_models, warnings_of
+    from modelglue.checkpoint.licence import licence_warnings, parents
+    from modelglue.cli.console import byte_progress, parse_size, print_json, print_warnings, size, stderr
+    from modelglue.recipe import build_with_warnings, read_with_models, warnings_of
+    from modelglue.recipe.override import overridden
 
     start = time.monotonic()
-    shard_bytes = _bytes(shard_size, "--shard-size")
-    limit = None if memory is None else _bytes(memory, "--memory")
-    read, models = read_with_models(recipe)
-    merged = build(read, resolve=models.__getitem__)
-    warnings = warnings_of(list(models.values()))
+    shard_bytes = parse_size(shard_size, "--shard-size")
+    memory_bytes = None if memory is None else parse_size(memory, "--memory")
+    read, models = read_with_models(recipe, strict=strict)
+    changed = overridden(read, seed=seed, allow_mixed=allow_mixed or None, vocabulary_mismatch="truncate" if truncate_vocabulary else None)
+    built = build_with_warnings(changed, models.__getitem__, strict=strict)
+    warnings = [*read.warnings, *built.warnings, *warnings_of(list(models.values())), *licence_warnings(parents(built.checkpoint))]
     if not quiet:
         print_warnings(stderr(), warnings)
     with byte_progress(out.name, quiet=quiet or json) as progress:
         report = save(
-            merged, out, workers=workers, memory=limit, device=device, executor=executor, shard_bytes=shard_bytes, overwrite=overwrite,
-            progress=progress,
+            built.checkpoint, out, workers=workers, memory=memory_bytes, device=device, executor=executor, shard_bytes=shard_bytes,
+            overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if json:
         print_json(
@@ -80,15 +98,3 @@ def merge(
         state = "already complete" if report.already_complete else f"{time.monotonic() - start:.1f} s"
         resumed = f", {size(report.resumed_bytes)} of it from an earlier run" if report.resumed_bytes else ""
         stderr().print(f"{out}: {report.tensors} tensors, {size(report.bytes)}{resumed} ({state})", soft_wrap=True, markup=False)
-
-
-def _bytes(text: str, option: str) -> int:
-    from modelglue.errors import UserError
-
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "B": 1}
-    upper = text.strip().upper()
-    for unit, factor in units.items():
-        number = upper.removesuffix(unit).strip()
-        if upper.endswith(unit) and number.replace(".", "", 1).isdigit() and float(number) * factor >= 1:
-            return int(float(number) * factor)
-    raise UserError(f"{option} is '{text}'; allowed is a positive size such as 500MB, 5GB or 2GiB.")
