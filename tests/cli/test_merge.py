@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from modelglue.cli.app import main
@@ -642,3 +643,82 @@ def test_a_bug_is_not_dressed_up(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("modelglue.recipe.read_with_models", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         main(["merge", str(zoo / "recipe.yaml"), str(zoo / "out")])
+
+
+# -- what the command line overrules, and mergekit's flags --------------------------------------------------------------------------
+
+
+def recipe_of(folder: Path) -> Any:
+    return yaml.safe_load((folder / "modelglue_recipe.yaml").read_text())
+
+
+def test_a_seed_replaces_the_recipes(run: Run, zoo: Path) -> None:
+    write_recipe(zoo / "r.yaml", "method: dare_linear\nbase: base\nmodels:\n  - {model: a, weight: 1, density: 0.5}\nseed: 3\n")
+    for name, tokens in (("3", ()), ("3again", ("--seed", "3")), ("4", ("--seed", "4"))):
+        assert run("merge", zoo / "r.yaml", zoo / name, "--quiet", *tokens).code == 0
+    weights = {name: (zoo / name / "model.safetensors").read_bytes() for name in ("3", "3again", "4")}
+    assert weights["3"] == weights["3again"] != weights["4"]
+    assert (recipe_of(zoo / "3again")["seed"], recipe_of(zoo / "4")["seed"]) == (3, 4)
+    assert run("merge", zoo / "4" / "modelglue_recipe.yaml", zoo / "once more", "--quiet").code == 0
+    assert (zoo / "once more" / "model.safetensors").read_bytes() == weights["4"]
+
+
+def test_models_of_two_classes_only_when_asked(run: Run, zoo: Path) -> None:
+    config = json.loads((zoo / "b" / "config.json").read_text())
+    (zoo / "b" / "config.json").write_text(json.dumps({**config, "architectures": ["MistralForCausalLM"]}))
+    assert "one merge takes one architecture" in refused(run, zoo)
+    assert run("merge", zoo / "recipe.yaml", zoo / "out", "--quiet", "--allow-mixed").code == 0
+    assert recipe_of(zoo / "out")["allow_mixed"] is True
+    assert run("merge", zoo / "recipe.yaml", zoo / "out", "--quiet", "--allow-crimes").code == 0
+
+
+def test_vocabularies_are_cut_only_when_asked(run: Run, zoo: Path) -> None:
+    write_tokenizer(zoo / "b", {"<s>": 0, "</s>": 1})
+    refused(run, zoo)
+    assert run("merge", zoo / "recipe.yaml", zoo / "out", "--quiet", "--truncate-vocabulary").code == 0
+    assert recipe_of(zoo / "out")["vocabulary_mismatch"] == "truncate"
+
+
+def test_warnings_are_errors_when_strict(run: Run, zoo: Path) -> None:
+    write_recipe(zoo / "recipe.yaml", "merge_method: linear\nembed_slerp: true\nmodels:\n  - {model: a, parameters: {weight: 1}}\n")
+    found = run("merge", zoo / "recipe.yaml", zoo / "out")
+    assert (found.code, found.err.startswith(f"warning: {zoo}/recipe.yaml:2: embed_slerp")) == (0, True)
+    shutil.rmtree(zoo / "out")
+    assert "embed_slerp" in refused(run, zoo, zoo / "recipe.yaml", zoo / "out", "--strict")
+
+
+def test_mergekits_flags(run: Run, zoo: Path) -> None:
+    """The command line of somebody who has only changed the program's name."""
+    flags = (
+        "--lazy-unpickle", "--allow-crimes", "--copy-tokenizer", "--out-shard-size", "500B", "--random-seed", "7", "-j", "1",
+        "--low-cpu-memory", "--lora-merge-cache", zoo / "cache", "--no-write-model-card", "--trust-remote-code", "--no-cuda",
+        "--device", "cpu", "-v",
+    )  # fmt: skip
+    found = run("merge", *flags, zoo / "recipe.yaml", zoo / "out")
+    assert (found.code, found.out) == (0, "")
+    notes = [line.removeprefix("note: ").partition(":")[0] for line in found.err.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "--lazy-unpickle", "--copy-tokenizer", "--low-cpu-memory", "--lora-merge-cache", "--no-write-model-card", "--trust-remote-code",
+        "--verbose",
+    ]  # fmt: skip
+    assert recipe_of(zoo / "out")["seed"] == 7
+    assert (zoo / "out" / "README.md").exists()
+    assert not (zoo / "cache").exists()
+    quiet = run("merge", "--lazy-unpickle", zoo / "recipe.yaml", zoo / "quiet", "--quiet")
+    assert (quiet.code, quiet.err) == (0, "")
+
+
+def test_licences_are_warned_of(run: Run, zoo: Path) -> None:
+    for name, licence in (("base", "mit"), ("a", "cc-by-nc-4.0"), ("b", "mit")):
+        (zoo / name / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    found = run("merge", zoo / "recipe.yaml", zoo / "out", "--json")
+    warning = "a is under cc-by-nc-4.0, for non-commercial use only; mit beside it does not change that."
+    assert json.loads(found.out)["warnings"] == [warning]
+    assert found.err == f"warning: {warning}\n"
+    card = (zoo / "out" / "README.md").read_text()
+    assert "- ../a is under cc-by-nc-4.0, for non-commercial use only" in card
+    assert "license:" not in card.split("---")[1]
+
+
+def test_a_device_that_is_none(run: Run, zoo: Path) -> None:
+    assert "device 'abacus'" in refused(run, zoo, zoo / "recipe.yaml", zoo / "out", "--device", "abacus")
