@@ -72,6 +72,17 @@ def test_adapters_are_combined_and_merged_by_reference(run: Run, zoo: Path, monk
     assert (pruned.code, pruned.out, pruned.err) == (0, "", "")
 
 
+def test_what_is_odd_about_an_adapter_is_told_when_it_is_merged(run: Run, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(zoo)
+    folder = write_adapter(
+        zoo / "lora", {"layers.0.self_attn.q_proj.lora_A.weight": randn(4, 6), "layers.0.self_attn.q_proj.lora_B.weight": randn(6, 4)}
+    )
+    write_recipe(zoo / "r.yaml", f"method: linear\nmodels:\n  - {{model: base+{folder.name}, weight: 1}}\n")
+    warning = "its modules are called otherwise in the base: 'layers.0.self_attn.q_proj' is taken for 'model.layers.0.self_attn.q_proj'."
+    assert warning in run("check", "r.yaml").text
+    assert warning in run("merge", "r.yaml", "out").err
+
+
 @pytest.mark.parametrize(
     ("tokens", "reason"),
     [

@@ -65,8 +65,8 @@ class AdaptedCheckpoint(Checkpoint):
 
     @property
     def warnings(self) -> Sequence[str]:
-        """What the user should know: other names in the base, ties, another base than the adapter was trained on."""
-        return self._placement.warnings
+        """Other names in the base, tied tensors, another base than the adapters were trained on."""
+        return (*self._base.warnings, *self._placement.warnings)
 
     def factors(self, name: str) -> Sequence[Factors]:
         """The low-rank updates of a tensor, one per adapter that changes it, never multiplied out; empty if none does."""

@@ -130,6 +130,11 @@ class Checkpoint(ABC):
         """`org/name` of a model that came out of the hub's cache."""
         return None
 
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What the user of this model should know, found when it was opened."""
+        return ()
+
     def origins(self, name: str) -> Sequence[tuple[Checkpoint, str]]:
         """What reading a tensor reads: checkpoints that are no expressions, and the tensor's name there."""
         return ((self, name),)

@@ -38,8 +38,8 @@ def check_architectures(checkpoints: Sequence[Checkpoint]) -> None:
 
 
 def warnings_of(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Differences that do not forbid a merge but change what it means. The output takes after the first checkpoint."""
-    found = []
+    """What does not forbid a merge but changes what it means: of each model, and where models differ. The output takes after the first."""
+    found = [warning for checkpoint in checkpoints for warning in checkpoint.warnings]
     first = checkpoints[0]
     for other in checkpoints[1:]:
         ours, theirs = _function(first.config), _function(other.config)
