@@ -180,7 +180,7 @@ def _no_tokenizer(folder: Path) -> Path:
         (_empty, "empty: is neither a model (it holds no .safetensors file) nor a mixture (it holds no mixture.json)."),
         (_run_folder, "run: is the folder of a run. Give its mixture, "),
         (_damaged, "mixture.json: is not a mixture of this format"),
-        (_pickled, "pickled: holds pytorch_model.bin and no .safetensors."),
+        (_pickled, "pickled/pytorch_model.bin: is empty. Fetch or write it again."),
         (_no_tokenizer, "mute'): has no tokenizer"),
         (lambda folder: folder / "missing", "missing': no such file or folder."),
     ],
