@@ -58,6 +58,15 @@ def test_deeper_colours_are_larger_differences(found: Difference) -> None:
     assert fills["layer 1, attention"] == "#ffffff"  # untouched
 
 
+def test_long_names_fit() -> None:
+    weights = {"w": torch.ones(1)}
+    name = "a-very-long-name-of-a-model-that-goes-on-and-on-and-on"
+    svg = ElementTree.fromstring(picture(diff(TensorsCheckpoint(weights), TensorsCheckpoint(weights), labels=(name, name[::-1]))))
+    title = texts(picture(diff(TensorsCheckpoint(weights), TensorsCheckpoint(weights), labels=(name, name[::-1]))))[0]
+    assert title == f"Where {name[::-1][:39]}… differs from {name[:39]}…"
+    assert float(svg.attrib["width"]) > 8.5 * len(title)
+
+
 def test_several_stacks_are_named() -> None:
     weights = {f"{side}.block.{n}.attn.w": torch.ones(2) for side in ("encoder", "decoder") for n in range(2)}
     svg = picture(diff(TensorsCheckpoint(weights), TensorsCheckpoint(weights)))

@@ -50,10 +50,9 @@ def write_difference(found: Difference, path: Path) -> None:
 def picture(found: Difference) -> Markup:
     """Rows are layers (and, at the end, what stands in no layer), columns are roles, the colour is |b - a| / |a| on a logarithmic scale."""
     layout = _Layout(found)
-    title = f"Where {text.clip(found.labels[1], 40)} differs from {text.clip(found.labels[0], 40)}"
     parts = [
         tag("rect", width=layout.width, height=layout.height, fill="#ffffff"),
-        _text(title, x=_LEFT, y=26.0, font_size=15, font_weight=600),
+        _text(layout.title, x=_LEFT, y=26.0, font_size=15, font_weight=600),
         _text("relative difference |b - a| / |a|", x=_LEFT, y=45.0, font_size=11.5, ink=_SOFT),
         *layout.headings(),
         *layout.rows(),
@@ -72,6 +71,10 @@ class _Layout:
     @cached_property
     def layers(self) -> dict[Layer | None, dict[str, Sums]]:
         return self.found.layers
+
+    @cached_property
+    def title(self) -> str:
+        return f"Where {text.clip(self.found.labels[1], 40)} differs from {text.clip(self.found.labels[0], 40)}"
 
     @cached_property
     def roles(self) -> list[str]:
@@ -97,7 +100,7 @@ class _Layout:
 
     @property
     def width(self) -> float:
-        return max(self.margin + _WIDTH * len(self.roles) + 16, 460.0)
+        return max(self.margin + _WIDTH * len(self.roles) + 16, 2 * _LEFT + 9.0 * text.width(self.title), 580.0)
 
     @property
     def bottom(self) -> float:
@@ -158,7 +161,7 @@ class _Layout:
                 yield tag("rect", x=x, y=y, width=width / steps + 0.5, height=10.0, fill=_mixed(step / (steps - 1)))
             yield _text(text.plain(10**low), x=_LEFT, y=y + 24, font_size=11, ink=_SOFT)
             yield _text(text.plain(10**high), x=_LEFT + width, y=y + 24, text_anchor="end", font_size=11, ink=_SOFT)
-        yield _text("= not one bit changed", x=_LEFT + width + 18, y=y + 9, font_size=11, ink=_SOFT)
+        yield _text("=  not one bit changed     !  from zero, or no number", x=_LEFT + width + 18, y=y + 9, font_size=11, ink=_SOFT)
 
 
 def _text(*children: object, ink: str = _INK, **attributes: Any) -> Markup:
