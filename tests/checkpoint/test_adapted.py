@@ -537,3 +537,24 @@ def test_the_tokenizer_is_the_adapters_if_it_has_one(tmp_path: Path) -> None:
     found = open_adapted(opened, [folder], "base+a").files
     places = {"chat_template.jinja": "a", "tokenizer.json": "a", "generation_config.json": "base", "LICENSE": "base"}
     assert found == {name: tmp_path / place / name for name, place in places.items()}
+
+
+@pytest.mark.parametrize(("home", "parts"), [("mlp", ("gate_proj", "up_proj", "down_proj")), ("block_sparse_moe", ("w1", "w3", "w2"))])
+def test_stacks_whose_experts_stand_one_by_one_on_the_disk(tmp_path: Path, home: str, parts: tuple[str, str, str]) -> None:
+    """Live models hold gate and up of all experts in one parameter; files do not, and some call the module otherwise."""
+    gate, up, down = parts
+    shapes = {gate: (5, 8), up: (5, 8), down: (8, 5)}
+    base = TensorsCheckpoint(
+        {f"l.{home}.experts.{expert}.{part}.weight": randn(*shapes[part], seed=expert) for expert in range(3) for part in parts}
+    )
+    inner, outer = {"A": randn(6, 8, seed=3), "B": randn(10, 6, seed=4)}, {"A": randn(6, 5, seed=5), "B": randn(8, 6, seed=6)}
+    tensors = {f"l.mlp.experts.base_layer.lora_{side}.weight": values for side, values in inner.items()}
+    tensors |= {f"l.mlp.experts.lora_{side}.weight": values for side, values in outer.items()}
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted = open_adapted(base, [write_adapter(tmp_path / "a", tensors, r=2, lora_alpha=4, target_parameters=targets)], "base+a")
+    assert changed(adapted, base) == list(base.names())
+    fused, lower = 2 * expert_update(inner["A"], inner["B"], 3), 2 * expert_update(outer["A"], outer["B"], 3)
+    for expert in range(3):
+        for part, added in ((gate, fused[expert, :5]), (up, fused[expert, 5:]), (down, lower[expert])):
+            name = f"l.{home}.experts.{expert}.{part}.weight"
+            near(adapted.tensor(name), base.tensor(name) + added)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from modelglue.checkpoint.adapter.folder import Adapter, Factors, Update
+from modelglue.checkpoint.adapter.folder import Adapter, Factors, Part, Update
 from modelglue.checkpoint.protocol import TensorInfo
 
 #: how B A is laid on the tensor: as it is (o, i), transposed (i, o), or per expert of a stack (E, o, i) or (E, i, o)
@@ -20,9 +20,10 @@ class LowRank:
     update: Update
     scale: float
     layout: Layout
+    part: Part | None = None
 
     def factors(self) -> Factors:
-        return self.adapter.factors(self.update.name, self.scale)
+        return self.adapter.factors(self.update.name, self.scale, self.part)
 
 
 @dataclass(frozen=True)

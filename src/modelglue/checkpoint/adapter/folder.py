@@ -57,6 +57,16 @@ class Update:
         return self.module + ".base_layer" * self.depth
 
 
+@dataclass(frozen=True)
+class Part:
+    """What belongs to rows first..last of one expert in the factors of a stack of `experts`."""
+
+    expert: int
+    experts: int
+    first: int
+    last: int
+
+
 class Adapter:
     """A LoRA adapter on disk. Opening reads the config and the headers; a factor is read when it is asked for. Picklable."""
 
@@ -117,7 +127,7 @@ class Adapter:
             )
         return scales.pop()
 
-    def factors(self, name: str, scale: float | None = None) -> Factors:
+    def factors(self, name: str, scale: float | None = None, part: Part | None = None) -> Factors:
         """The factors of an update (with another scale, if given), without ever forming B A. Memory: the factors in float32.
 
         A stack of experts keeps the file's order: row e r + j of A and column j E + e of B belong to component j of expert e.
@@ -125,7 +135,17 @@ class Adapter:
         import torch
 
         update = self._find(name)
-        A, B = (self.tensor(key).to(torch.float32) for key in (update.A, update.B))
+        if part is None:
+            A, B = (self.tensor(key).to(torch.float32) for key in (update.A, update.B))
+        else:
+            (rows, width), (_, columns) = self.info(update.A).shape, self.info(update.B).shape
+            rank = rows // part.experts
+            A = self.read(update.A, part.expert * rank * width, (part.expert + 1) * rank * width).view(rank, width).to(torch.float32)
+            B = (
+                self.read(update.B, part.first * columns, part.last * columns)
+                .view(-1, columns)[:, part.expert :: part.experts]
+                .to(torch.float32)
+            )
         return Factors(A.flatten(1), B.flatten(1), self.scale(name) if scale is None else scale)
 
     @cached_property

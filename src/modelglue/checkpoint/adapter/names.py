@@ -10,7 +10,15 @@ from modelglue.errors import CheckpointError
 
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
 _HEADS = ("lm_head", "embed_out", "output")
+#: what live models call some modules -> what their files do
+_RENAMED = ((".mlp.experts", ".block_sparse_moe.experts"),)
 _SHOWN = 4
+
+
+def on_disk(module: str, known: set[str]) -> str:
+    """The module under the name that the files of its architecture give it, if the base has that and not the other."""
+    renamed = [module.replace(live, file) for live, file in _RENAMED if module.endswith(live)]
+    return renamed[0] if module not in known and renamed and renamed[0] in known else module
 
 
 def mapped_prefix(modules: Iterable[str], known: set[str], label: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from modelglue.checkpoint.adapter import names as naming
 from modelglue.checkpoint.adapter.changes import Change, Layout, LowRank, Rows, Shift, equal_changes
 from modelglue.checkpoint.adapter.folder import Adapter, Update
-from modelglue.checkpoint.adapter.stacks import lay_on_parameters
+from modelglue.checkpoint.adapter.stacks import Fused, fused_parameters, lay_on_parameters, modules_of_experts
 from modelglue.checkpoint.header import shown
 from modelglue.checkpoint.protocol import FLOATING, Checkpoint, TensorInfo
 from modelglue.errors import CheckpointError
@@ -53,7 +53,7 @@ class _Placing:
     def __init__(self, base: Checkpoint) -> None:
         self.base = base
         self.names = set(base.names())
-        self.modules = {name.rpartition(".")[0] for name in self.names}
+        self.modules = {name.rpartition(".")[0] for name in self.names} | modules_of_experts(self.names)
         self.embedding = naming.input_embedding(base)
         self.head = naming.output_head(self.names)
         self.changes: dict[str, Change] = {}
@@ -101,8 +101,8 @@ class _Placing:
         replaced = {tensor.rpartition(".")[0]: tensor for tensor in adapter.replaced if tensor not in self.names}
         own = {module for module, tensor in replaced.items() if adapter.config.is_saved(tensor) and module not in wanted}
         heads = {"lm_head", "embed_out"} if self._may_be_tied() else set()
-        missing = [module for module in [*wanted, *replaced] if module not in self.modules | heads | own]
-        called = {module: module for module in wanted}
+        called = {module: naming.on_disk(module, self.modules) for module in wanted}
+        missing = [module for module in [*wanted, *replaced] if called.get(module, module) not in self.modules | heads | own]
         if missing:
             old, new = naming.mapped_prefix(missing, self.modules, str(adapter.path))
             known = [module for module in own if module.startswith(old) and new + module.removeprefix(old) in self.modules]
@@ -193,7 +193,8 @@ class _Placing:
         if there and len(updates) == 1 and len(self._change(name).info.shape) != len(adapter.info(updates[0].A).shape) + 1:
             self._weight(adapter, name, updates[0], scale)
             return
-        parameters = self._parameters(adapter, module) or ([name] if there else [])
+        fused = fused_parameters(self.base, self.names, module)
+        parameters = self._parameters(adapter, updates[0].module, module, [*self.names, *fused]) or ([name] if there else [])
         if len(parameters) != len(updates):
             self.faults.append(
                 f"{adapter.path}: '{updates[0].module}' has {len(updates)} low-rank update{'s' * (len(updates) > 1)}, and "
@@ -205,7 +206,7 @@ class _Placing:
                 + "Give the base that the adapter was trained on."
             )
             return
-        self._parameters_laid(adapter, parameters, sorted(updates, key=lambda update: -update.depth), scale)
+        self._parameters_laid(adapter, parameters, fused, sorted(updates, key=lambda update: -update.depth), scale)
 
     def _weight(self, adapter: Adapter, name: str, update: Update, scale: float) -> None:
         info = self._change(name).info
@@ -285,16 +286,21 @@ class _Placing:
 
     # -- parameters that are no weights ---------------------------------------------------------------------------------
 
-    def _parameters(self, adapter: Adapter, module: str) -> list[str]:
-        """The tensors of a module that the config's target_parameters name."""
-        targets = adapter.config.target_parameters
-        own = sorted(name for name in self.names if name.rpartition(".")[0] == module)
-        return [name for name in own if any(name == target or name.endswith(f".{target}") for target in targets)]
+    def _parameters(self, adapter: Adapter, module: str, called: str, names: Sequence[str]) -> list[str]:
+        """The tensors of a module that the config's target_parameters name, as the adapter calls them."""
+        found = []
+        for name in sorted(name for name in names if name.rpartition(".")[0] == called):
+            theirs = f"{module}.{name.rpartition('.')[2]}"
+            if any(theirs == target or theirs.endswith(f".{target}") for target in adapter.config.target_parameters):
+                found.append(name)
+        return found
 
-    def _parameters_laid(self, adapter: Adapter, parameters: Sequence[str], updates: Sequence[Update], scale: float) -> None:
-        infos = {name: self._change(name).info for name in parameters}
+    def _parameters_laid(
+        self, adapter: Adapter, parameters: Sequence[str], fused: Mapping[str, Fused], updates: Sequence[Update], scale: float
+    ) -> None:
+        infos = {name: fused[name].info if name in fused else self._change(name).info for name in parameters}
         try:
-            pairs, warning = lay_on_parameters(adapter, updates[0].module, updates, infos)
+            pairs, warning = lay_on_parameters(adapter, updates[0].module, updates, infos, fused.keys() & infos.keys())
         except CheckpointError as error:
             self.faults.append(str(error))
             return
@@ -309,7 +315,10 @@ class _Placing:
                 )
             elif self._rank_fits(adapter, update, adapter.info(update.A).shape[0] // experts, parameter):
                 c = adapter.scale(update.name, parameter) * scale
-                self._add(name, adapter, LowRank(adapter, update, c, layout))
+                if name not in fused:
+                    self._add(name, adapter, LowRank(adapter, update, c, layout))
+                for tensor, part in fused[name].pieces.items() if name in fused else ():
+                    self._add(tensor, adapter, LowRank(adapter, update, c, "plain", part))
 
     # -- the whole model ------------------------------------------------------------------------------------------------
 

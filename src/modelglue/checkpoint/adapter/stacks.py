@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Literal
 
 from modelglue.checkpoint.adapter.changes import Layout
 from modelglue.checkpoint.adapter.config import LAYOUT_KEY
-from modelglue.checkpoint.adapter.folder import Adapter, Update
-from modelglue.checkpoint.protocol import TensorInfo
+from modelglue.checkpoint.adapter.folder import Adapter, Part, Update
+from modelglue.checkpoint.protocol import Checkpoint, TensorInfo
 from modelglue.errors import CheckpointError
 
 Way = Literal["out_in", "in_out"]
@@ -17,18 +19,60 @@ Way = Literal["out_in", "in_out"]
 _REGISTERED = ("gate_up", "gate", "up", "down")
 
 
+#: a parameter of live models that holds all experts -> what its rows are called where each expert stands on the disk by itself
+_PIECES = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+_EXPERT = re.compile(r"(?P<module>.+)\.0\.(gate_proj|up_proj|down_proj|w[123])\.weight")
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A parameter (experts, out, in) that the base holds in pieces: tensor -> the rows of one expert that it is."""
+
+    info: TensorInfo
+    pieces: Mapping[str, Part]
+
+
+def modules_of_experts(names: Iterable[str]) -> set[str]:
+    """The modules whose experts stand on the disk one by one."""
+    return {match["module"] for name in names if (match := _EXPERT.fullmatch(name))}
+
+
+def fused_parameters(base: Checkpoint, names: Set[str], module: str) -> dict[str, Fused]:
+    """The parameters of `module` that live models make of the tensors of its experts, by name."""
+    found = {}
+    for parameter, spellings in _PIECES.items():
+        for parts in spellings:
+            experts = next(count for count in itertools.count() if f"{module}.{count}.{parts[0]}.weight" not in names)
+            tensors = [[f"{module}.{expert}.{part}.weight" for part in parts] for expert in range(experts)]
+            if not experts or not all(name in names for row in tensors for name in row):
+                continue
+            rows = [base.info(name).shape[0] for name in tensors[0]]
+            shapes = {base.info(name).shape for row in tensors for name in row}
+            if len(shapes) == 1 and len(base.info(tensors[0][0]).shape) == 2:
+                info = TensorInfo((experts, sum(rows), base.info(tensors[0][0]).shape[1]), base.info(tensors[0][0]).dtype)
+                pieces = {
+                    name: Part(expert, experts, rows[0] * position, rows[0] * (position + 1))
+                    for expert, row in enumerate(tensors)
+                    for position, name in enumerate(row)
+                }
+                found[f"{module}.{parameter}"] = Fused(info, pieces)
+    return found
+
+
 def lay_on_parameters(
-    adapter: Adapter, module: str, updates: Sequence[Update], infos: Mapping[str, TensorInfo]
+    adapter: Adapter, module: str, updates: Sequence[Update], infos: Mapping[str, TensorInfo], fused: Set[str]
 ) -> tuple[list[tuple[str, Layout]], str | None]:
     """The parameter and the layout of each update (innermost first), and a warning where the shapes alone did not tell.
 
     The file does not name the parameters; the one that was registered first is innermost. Experts of one module are all stored the same
-    way round, (experts, out, in) or (experts, in, out). CheckpointError where nothing fits, or too much.
+    way round, (experts, out, in) or (experts, in, out); it is the first where they are `fused` from tensors of single experts.
+    CheckpointError where nothing fits, or too much.
     """
-    ways: list[tuple[Way, list[tuple[str, Layout]]]] = [
+    possible: tuple[Way, ...] = ("out_in",) if fused else ("out_in", "in_out")
+    ways = [
         (way, pairs)
         for order in itertools.permutations(infos)
-        for way in ("out_in", "in_out")
+        for way in possible
         if (pairs := _laid(adapter, order, updates, infos, way)) is not None
     ]
     if not ways:
