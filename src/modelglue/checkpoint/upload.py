@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from modelglue.checkpoint.verify import verify
+from modelglue.checkpoint.writer import RECIPE_FILE
 from modelglue.errors import RunError, UserError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -59,7 +60,7 @@ def push(folder: Path, repository: str, *, private: bool = False, revision: str 
 def local_references(folder: Path) -> list[str]:
     """Paths that the recipe in an output folder names: they go to the hub with it. Empty where there is no recipe."""
     try:
-        recipe = yaml.safe_load((folder / "modelglue_recipe.yaml").read_text(encoding="utf-8"))
+        recipe = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return []
     return list(dict.fromkeys(name for name in _references(recipe) if name.startswith((".", "/", "~"))))

@@ -14,10 +14,10 @@ from modelglue.checkpoint.protocol import Checkpoint, TensorInfo
 from modelglue.checkpoint.record import RECORD_FILE, RECORD_FORMAT
 from modelglue.checkpoint.reference import open_checkpoint
 from modelglue.checkpoint.workers import run_tasks
+from modelglue.checkpoint.writer import RECIPE_FILE
 from modelglue.errors import CheckpointError, UserError
 from modelglue.settings import SMALL_OUTPUT_BYTES, default_workers
 
-_RECIPE_FILE = "modelglue_recipe.yaml"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -93,11 +93,11 @@ def verify(
 
 
 def _recipe_faults(folder: Path, record: Record) -> list[tuple[str, str]]:
-    path = folder / _RECIPE_FILE
+    path = folder / RECIPE_FILE
     if not path.is_file():
-        return [(_RECIPE_FILE, "is missing")]
+        return [(RECIPE_FILE, "is missing")]
     if hashlib.sha256(path.read_bytes()).hexdigest() != record.recipe:
-        return [(_RECIPE_FILE, "is not the recipe that the output was made by")]
+        return [(RECIPE_FILE, "is not the recipe that the output was made by")]
     return []
 
 
