@@ -51,7 +51,8 @@ def layer_fields(config: Mapping[str, Any], tower: Tower, kind: str, layers: Seq
     straight = all(layer.number == at for at, layer in enumerate(layers))
     if not straight:
         for key in _RULES:
-            if own.get(key) not in (None, 0, 1) and not (key == "sliding_window_pattern" and "layer_types" in own):
+            every = 0 if key in ("first_k_dense_replace", "num_kv_shared_layers") else 1  # no rule: the same for all layers
+            if own.get(key) not in (None, 0, every) and not (key == "sliding_window_pattern" and "layer_types" in own):
                 warnings.append(
                     f"the config says '{key}: {own[key]}', a rule by layer number that the new order of layers need not follow."
                 )
