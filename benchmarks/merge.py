@@ -1,13 +1,15 @@
-"""`modelglue merge` against copying the same bytes: wall time, CPU time and peak private memory.
+"""`modelglue merge` against copying the same bytes, and against mergekit: wall time, CPU time and peak private memory.
 
-    python benchmarks/merge.py --size 1.1 --scratch /big/disk --compile off,on
+    python benchmarks/merge.py --size 1.1 --scratch /big/disk --compile off,on --mergekit
 
 makes three Llama-shaped bf16 models and their base under --scratch (kept for the next run), then alternates a plain copy with every
 method: --repeats rounds, the median counts. The copy reads every byte of the models with 1 MiB preadv, writes as many bytes as one
 model has with pwrite, in as many processes as the merge has workers; the base is read too where the method reads it. Both end with
 fsync; inputs are in the page cache; a fresh output each time. A run is a whole command, interpreter start and imports included. Memory
-comes from one more, untimed run, in which /proc/PID/smaps_rollup of all its processes is summed 20 times a second (Linux only). The
-result is Markdown on stdout.
+comes from one more, untimed run, in which the private memory in /proc/PID/smaps_rollup of all its processes is summed 20 times a second
+(Linux only). With --mergekit the same merges run in mergekit as well, in alternation; it is installed from the package index into
+<scratch>/mergekit-environment when it is not there, runs with its own defaults, and computes in float32 and stores bfloat16, as
+modelglue does. The result is Markdown on stdout.
 """
 
 from __future__ import annotations
@@ -46,10 +48,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "linear": {"each": {"weight": 1.0}},
     "slerp": {"parameters": {"t": 0.4}, "base": True, "models": 1},
     "task_arithmetic": {"each": {"weight": 0.4}, "base": True},
-    "ties": {"each": {"weight": 1.0, "density": 0.2}, "base": True},
+    "ties": {"each": {"weight": 1.0, "density": 0.5}, "base": True},
     "dare_ties": {"each": {"weight": 0.5, "density": 0.3}, "base": True, "seed": 1},
+    "della": {"each": {"weight": 0.5, "density": 0.5, "epsilon": 0.2}, "base": True, "seed": 1},
     "model_stock": {"base": True},
+    "passthrough": {"models": 1},
 }
+#: what the other program is installed with, in an environment of its own
+MERGEKIT = ("torch==2.13.0", "mergekit==0.1.5")
 
 
 def main() -> None:
@@ -60,6 +66,7 @@ def main() -> None:
     parser.add_argument("--compile", default="off,on", help="comma-separated values of MODELGLUE_COMPILE: off, on, auto")
     parser.add_argument("--repeats", type=int, default=5, help="alternations; the median counts")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes of merge and copy")
+    parser.add_argument("--mergekit", action="store_true", help="measure mergekit too")
     parser.add_argument("--json", type=Path, help="also write every single measurement here")
     parser.add_argument("--copy", nargs="+", type=Path, help=argparse.SUPPRESS)  # the copying process itself: OUT IN...
     options = parser.parse_args()
@@ -91,6 +98,8 @@ def measure(options: argparse.Namespace) -> None:
     if set(modes) - {"off"}:
         for method in methods:  # compile once, outside the measurement
             merge(recipes[method], scratch, options, modes[-1])
+    other = mergekit_command(options.scratch) if options.mergekit else None
+    others: dict[str, list[Run]] = {method: [] for method in methods} if other else {}
     for _ in range(options.repeats):
         for method in methods:
             count = inputs_of(method)
@@ -101,10 +110,15 @@ def measure(options: argparse.Namespace) -> None:
             output.unlink()
             for mode in modes:
                 merges[method, mode].append(merge(recipes[method], scratch, options, mode))
+            if other:
+                others[method].append(merge_elsewhere(other, scratch, method, folders))
+    for method in others:
+        others[method][0].private_mb = merge_elsewhere(other or "", scratch, method, folders, sample=True).private_mb
     memory = {key: merge(recipes[key[0]], scratch, options, key[1], sample=True).private_mb for key in merges}
-    report(options, folders, copies, merges, memory)
+    report(options, folders, copies, merges, memory, others)
     if options.json:
         raw = {f"{method} {mode}": [vars(r) for r in runs] for (method, mode), runs in merges.items()}
+        raw |= {f"{method} mergekit": [vars(r) for r in runs] for method, runs in others.items()}
         raw |= {f"copy {count}": [vars(r) for r in runs] for count, runs in copies.items()}
         options.json.write_text(json.dumps(raw, indent=2), encoding="utf-8")
 
@@ -120,6 +134,7 @@ def report(
     copies: Mapping[int, Sequence[Run]],
     merges: Mapping[tuple[str, str], Sequence[Run]],
     memory: Mapping[tuple[str, str], float | None],
+    others: Mapping[str, Sequence[Run]],
 ) -> None:
     import torch
 
@@ -139,6 +154,18 @@ def report(
         private = memory[method, mode]
         shown = "" if private is None else f"{private:.0f}"
         print(f"| {method} | {count} | {word} | {wall:.2f} | {cpu:.2f} | {base:.2f} | {wall / base:.2f} | {shown} |")
+    if not others:
+        return
+    print(f"\nAgainst {MERGEKIT[1].replace('==', ' ')} ({MERGEKIT[0].replace('==', ' ')}), with the better of our modes:\n")
+    print("| method | mergekit wall s | CPU s | private MB | wall, times ours | CPU, times ours | memory, times ours |")
+    print("|---|---|---|---|---|---|---|")
+    for method, runs in others.items():
+        ours = {mode: statistics.median(r.cpu for r in group) for (name, mode), group in merges.items() if name == method}
+        mode = min(ours, key=lambda mode: ours[mode])
+        walls = statistics.median(r.wall for r in merges[method, mode])
+        wall, cpu, private = statistics.median(r.wall for r in runs), statistics.median(r.cpu for r in runs), runs[0].private_mb or 0.0
+        times = private / (memory[method, mode] or 1.0)
+        print(f"| {method} | {wall:.2f} | {cpu:.2f} | {private:.0f} | {wall / walls:.1f} | {cpu / ours[mode]:.1f} | {times:.1f} |")
 
 
 def merge(recipe: Path, scratch: Path, options: argparse.Namespace, mode: str, *, sample: bool = False) -> Run:
@@ -151,10 +178,34 @@ def merge(recipe: Path, scratch: Path, options: argparse.Namespace, mode: str, *
     return result
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], *, sample: bool = False) -> Run:
+def mergekit_command(scratch: Path) -> str:
+    """Where mergekit's command is; installs it when it is not there."""
+    place = scratch / "mergekit-environment"
+    command = place / "bin" / "mergekit-yaml"
+    if not command.is_file():
+        print(f"installing {' '.join(MERGEKIT)} in {place}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+        for package in MERGEKIT:  # torch first and alone, so that its pinned build is what the other finds
+            subprocess.run([str(place / "bin" / "pip"), "install", "--quiet", package], check=True)
+    return str(command)
+
+
+def merge_elsewhere(command: str, scratch: Path, method: str, folders: Sequence[Path], *, sample: bool = False) -> Run:
+    output = scratch / "merged-elsewhere"
+    shutil.rmtree(output, ignore_errors=True)
+    recipe = write_mergekit_recipe(scratch, method, folders)
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": None, "PYTHONPATH": None}
+    result = run([command, str(recipe), str(output), "--no-copy-tokenizer", "--no-write-model-card"], offline, sample=sample, quiet=True)
+    shutil.rmtree(output)
+    return result
+
+
+def run(command: Sequence[str], environment: Mapping[str, str | None], *, sample: bool = False, quiet: bool = False) -> Run:
     paths = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
     begin = time.perf_counter()
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths, **environment})
+    chosen = {key: value for key, value in {**os.environ, "PYTHONPATH": paths, **environment}.items() if value is not None}
+    sink = subprocess.DEVNULL if quiet else None
+    process = subprocess.Popen(command, env=chosen, stdout=sink, stderr=sink)
     peak = [0.0]
     done = threading.Event()
     sampler = threading.Thread(target=sample_memory, args=(process.pid, done, peak))
@@ -302,6 +353,20 @@ def write_recipe(scratch: Path, method: str, folders: Sequence[Path]) -> Path:
         recipe["base"] = str(folders[0])
     recipe |= {key: settings[key] for key in ("parameters", "seed") if key in settings}
     path = scratch / f"{method}.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def write_mergekit_recipe(scratch: Path, method: str, folders: Sequence[Path]) -> Path:
+    settings = METHODS[method]
+    models = [{"model": str(path), "parameters": settings.get("each", {})} for path in folders[1:]][: settings.get("models", 3)]
+    recipe: dict[str, Any] = {"merge_method": method, "dtype": "float32", "out_dtype": "bfloat16"}
+    if settings.get("base"):
+        recipe["base_model"] = str(folders[0])
+        if method in ("slerp", "model_stock"):
+            models.insert(0, {"model": str(folders[0]), "parameters": {}})
+    recipe |= {"models": models, "parameters": settings.get("parameters", {})}
+    path = scratch / f"{method}-mergekit.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path
 
