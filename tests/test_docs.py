@@ -39,7 +39,7 @@ def test_the_architecture_names_files_that_exist() -> None:
 
 
 def test_the_readme_uses_commands_that_exist() -> None:
-    used = set(re.findall(r"^modelglue (\w+)", README, re.MULTILINE))
+    used = set(re.findall(r"^modelglue ([\w-]+)", README, re.MULTILINE))
     assert {"check", "merge", "glue", "similarity", "report", "generate"} <= used
     assert used <= set(COMMANDS)
 
