@@ -18,6 +18,8 @@ from modelglue.search.item_response import Floats, Positions
 from modelglue.search.pareto import crowding, fronts, non_dominated
 from modelglue.search.randomness import draw, permutation, rng
 
+#: so many times the population's pairs are tried for children that are new; then repetitions are taken
+_ATTEMPTS = 5
 Survival: TypeAlias = Callable[[Floats, int, np.random.Generator], Positions]
 
 
@@ -111,11 +113,18 @@ class Nsga:
         assert self.values is not None
         rank = _ranking(self.values) if self._tournament == "rank" else np.zeros(len(self.values))
         found: list[Floats] = []
-        while len(found) < self._size:
-            generator = self._rng(len(found))
+        known = {tuple(point) for point in self.points.tolist()}
+        for attempt in range(_ATTEMPTS * self._size):
+            generator = self._rng(attempt)
             mother, father = (self.points[_winner(rank, generator)] for _ in range(2))
-            pair = sbx(mother, father, self._low, self._high, self._variation, generator)
-            found += [polynomial_mutation(child, self._low, self._high, self._variation, generator) for child in pair]
+            for child in sbx(mother, father, self._low, self._high, self._variation, generator):
+                mutant = polynomial_mutation(child, self._low, self._high, self._variation, generator)
+                key = tuple(mutant.tolist())
+                if key not in known or attempt >= (_ATTEMPTS - 1) * self._size:
+                    known.add(key)
+                    found.append(mutant)
+            if len(found) >= self._size:
+                break
         return np.stack(found[: self._size])
 
 

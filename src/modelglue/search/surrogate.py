@@ -62,7 +62,7 @@ def design_matrix(points: ArrayLike) -> Floats:
 def fit(points: ArrayLike, metric: ArrayLike, link: Link) -> Quadratic:
     """The quadratic nearest to metrics [n] at points [n, models] in least squares; n >= the number of coefficients.
 
-    Starts from the linear fit of the metric through the inverted link, so it does not depend on luck; a ridge of 1e-6 settles what the
+    Starts from the linear fit of the metric through the inverted link, near the optimum; a ridge of 1e-6 settles what the
     points leave open. A constant metric gives a constant. The leave-one-out R^2 costs n further fits: together some milliseconds.
     """
     X, y = _checked(points, metric, link)
@@ -78,7 +78,7 @@ def fit(points: ArrayLike, metric: ArrayLike, link: Link) -> Quadratic:
 
 
 def fit_from_ones(points: ArrayLike, metric: ArrayLike, link: Link) -> Floats:
-    """Coefficients by Levenberg-Marquardt from all ones, as MAP's own code fits them; may end far from the optimum (sigmoid link)."""
+    """Coefficients by Levenberg-Marquardt from all ones, as MAP's own code fits them."""
     X, y = _checked(points, metric, link)
     return _least_squares(X, y, link, np.ones(X.shape[1]), 0.0)
 
@@ -149,7 +149,7 @@ def _checked(points: ArrayLike, metric: ArrayLike, link: Link) -> tuple[Floats, 
 def _least_squares(X: Floats, y: Floats, link: Link, start: Floats, ridge: float) -> Floats:
     from scipy.optimize import least_squares
 
-    pull = np.diag(np.full(X.shape[1], math.sqrt(ridge)))[: X.shape[1] if ridge else 0]
+    pull = math.sqrt(ridge) * np.eye(X.shape[1] if ridge else 0, X.shape[1], dtype=np.float64)
 
     def residuals(b: Floats) -> Floats:
         return np.concatenate([_linked(link, X @ b) - y, pull @ b])
@@ -169,8 +169,7 @@ def _left_out(X: Floats, y: Floats, link: Link, start: Floats, number: int) -> f
 
 
 def _linear(X: Floats, y: Floats) -> Floats:
-    solved: Floats = np.linalg.solve(X.T @ X + _RIDGE * np.eye(X.shape[1]), X.T @ y)
-    return solved
+    return np.asarray(np.linalg.solve(X.T @ X + _RIDGE * np.eye(X.shape[1]), X.T @ y), dtype=np.float64)
 
 
 def _linked(link: Link, z: Floats) -> Floats:
