@@ -86,14 +86,19 @@ def reference_from(reference: str, places: Sequence[Path], folder: Path) -> str:
     halves = reference.split("+") if len(places) > 1 else [reference]
     if len(halves) != len(places):  # a folder's name holds a plus sign
         halves = [os.path.relpath(place) for place in places]
-    return "+".join(_half_from(half, place, os.path.realpath(folder)) for half, place in zip(halves, places, strict=True))
+    return "+".join(_half_from(half, place, folder) for half, place in zip(halves, places, strict=True))
 
 
-def _half_from(half: str, place: Path, folder: str) -> str:
+def seen_from(folder: Path, path: Path) -> str:
+    """What a file in `folder` calls a path that exists: relative, links resolved, so that both may be moved together; others as they are."""
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder)) if path.exists() else str(path)
+
+
+def _half_from(half: str, place: Path, folder: Path) -> str:
     from_hub = hub_id_of(place) is not None and hub_id_of(place) == half.partition("@")[0]
     if from_hub or Path(half).expanduser().is_absolute():
         return half
-    return os.path.relpath(os.path.realpath(place), folder)
+    return seen_from(folder, place)
 
 
 def _open_half(half: str, reference: str, relative_to: Path | None, headers_only: bool) -> Checkpoint:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modelglue.checkpoint import Checkpoint
+from modelglue.checkpoint.reference import seen_from
 from modelglue.errors import CheckpointError
 from modelglue.glue.bench import Bench, reference_of
 from modelglue.glue.experts import Verdict, choose_experts
@@ -175,5 +175,5 @@ def references_from(bench: Bench, folder: Path) -> dict[str, str]:
         names[bench.base] = str(bench.file.zoo.base)
     for alias, name in names.items():
         local = bench.folder / name
-        result[alias] = os.path.relpath(local.resolve(), folder.resolve()) if local.exists() else name
+        result[alias] = seen_from(folder, local) if local.exists() else name
     return result

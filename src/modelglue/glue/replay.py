@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from modelglue.checkpoint import open_checkpoint, save, write_bytes_atomic, yaml_text
+from modelglue.checkpoint.reference import seen_from
 from modelglue.errors import UserError
 from modelglue.glue.bench import Bench, renamed
 from modelglue.glue.decide import Representative, references_from
@@ -176,4 +176,4 @@ def _path(folder: Path, reference: str) -> Path:
 def _seen_from(reference: str, old: Path, new: Path) -> str:
     """A reference of the recipe.yaml in the folder `old` as it reads in the folder `new`."""
     path = _path(old, reference)
-    return reference if _inside(reference) or not path.exists() else os.path.relpath(path.resolve(), new.resolve())
+    return reference if _inside(reference) or not path.exists() else seen_from(new, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from modelglue.checkpoint import (
     staged,
     tensor_file,
 )
+from modelglue.checkpoint.reference import seen_from
 from modelglue.errors import CheckpointError, UserError
 from modelglue.mixture.router import WITHOUT_PROMPTS, Reader, best_layer, build_gate, knowledge, those_that_work
 from modelglue.mixture.spec import EXPERT_NAME, ROUTE_SPAN, ExpertSpec, GateMode, RouterSpec
@@ -117,7 +117,7 @@ def write_mixture(
     with staged(directory, key=key, overwrite=overwrite) as folder:
         if pack:
             _pack(folder, experts, opened, encoder, read)
-        places = [f"experts/{expert.name}" if pack else _seen_from(directory, expert.path) for expert in experts]
+        places = [f"experts/{expert.name}" if pack else seen_from(directory, expert.path) for expert in experts]
         manifest = Manifest.model_validate(
             {
                 "gate_mode": mode,
@@ -199,11 +199,6 @@ def _pack(folder: Path, experts: Sequence[ExpertSpec], opened: Sequence[Checkpoi
                 shutil.copyfile(path, folder / place / path.name)
 
 
-def _seen_from(directory: Path, path: Path) -> str:
-    """How the mixture directory refers to a model: by relative path, or by hub id."""
-    return os.path.relpath(path.resolve(), directory.resolve()) if path.exists() else str(path)
-
-
 def _same(first: Path, second: Path) -> bool:
     return first.resolve() == second.resolve()
 
@@ -212,7 +207,7 @@ def _place_of_encoder(directory: Path, encoder: Path, experts: Sequence[ExpertSp
     for expert, place in zip(experts, places, strict=True):
         if _same(expert.path, encoder):
             return place
-    return ENCODER if pack else _seen_from(directory, encoder)
+    return ENCODER if pack else seen_from(directory, encoder)
 
 
 def read_manifest(directory: Path) -> tuple[Manifest, torch.Tensor]:
