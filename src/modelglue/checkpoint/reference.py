@@ -90,7 +90,7 @@ def reference_from(reference: str, places: Sequence[Path], folder: Path) -> str:
 
 
 def seen_from(folder: Path, path: Path) -> str:
-    """What a file in `folder` calls a path that exists: relative, links resolved, so that both may be moved together; others as they are."""
+    """What a file in `folder` calls a path that exists: relative, links resolved, so that both may be moved; others as they are."""
     return os.path.relpath(os.path.realpath(path), os.path.realpath(folder)) if path.exists() else str(path)
 
 
