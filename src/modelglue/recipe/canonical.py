@@ -80,10 +80,12 @@ def _recipe(recipe: Recipe, *, written_out: bool) -> dict[str, Any]:
 
 def _defaults(recipe: Recipe) -> Mapping[str, Any]:
     """Values of parameters that the recipe leaves to the method; the last level before them is the recipe's own."""
+    entries = [entry for stretch in recipe.stretches() for entry in stretch.models]
+    said = frozenset.intersection(*(frozenset(entry.own) for entry in entries)) if entries else frozenset()
     return {
         parameter.name: parameter.default
         for parameter in get(recipe.method).parameters
-        if not parameter.required and parameter.default is not None
+        if not parameter.required and parameter.default is not None and not (parameter.per_model and parameter.name in said)
     }
 
 
