@@ -37,7 +37,7 @@ def test_another_process_with_other_hashes_and_more_workers(finished: Finished) 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert fingerprint(run) == fingerprint(finished.run)
-    assert len(fingerprint(run)) == len(artefacts(run)) + 5 == 14
+    assert len(fingerprint(run)) == len(artefacts(run)) + 5 == 15
     report = json.loads(done.stdout)
     assert report == {
         "run": str(run), "report": str(run / "report.html"), "already_complete": False,
@@ -78,6 +78,7 @@ def test_a_recipe_in_another_place_finds_the_same_models(finished: Finished, tmp
     different = {name for name in here if here[name] != there[name]}
     assert different == {
         "mixture/mixture.json", "representatives/family-0/README.md", "representatives/family-0/modelglue_recipe.yaml",
+        "representatives/family-0/modelglue_record.json",  # it holds the hash of the recipe
     }  # fmt: skip
     assert Mixture.load(tmp_path / "far" / "again" / "mixture").identity == Mixture.load(finished.run / "mixture").identity
 
