@@ -172,8 +172,9 @@ class Engine:
 
         parameters = self._job.parameters_of(name)
         survey = self._survey(name)
+        raw = shape is None and getattr(self._job.method, "raw", False)
         surveyed = any(round_.ranges is None for round_ in self._job.rounds(name))  # every element has been looked at
-        models, base, uniform = self._inputs(name, start, stop, shape, check=not surveyed)
+        models, base, uniform = self._inputs(name, start, stop, shape, raw=raw, check=not surveyed and not raw)
         with device.there():
             result = self._job.method.merge(models, base, uniform, survey, start, parameters)
         dtype = torch_dtype(self._job.outputs[name].dtype)
@@ -181,6 +182,7 @@ class Engine:
         # The sum of a chunk is finite unless an element is not (or the sum overflows, so look again before complaining).
         total = stored.sum(dtype=torch.float32 if dtype == torch.float16 else None)
         if not math.isfinite(total.item()) and not bool(torch.isfinite(stored).all()):
+            self._load(name, start, stop, raw=False, check=True)  # which says so where an input is to blame
             if bool(torch.isfinite(result).all()):
                 largest, kind = torch.finfo(dtype).max, str(dtype).removeprefix("torch.")
                 raise MergeError(
@@ -210,10 +212,10 @@ class Engine:
         return first
 
     def _inputs(
-        self, name: str, start: int, stop: int, shape: Sequence[int] | None, *, check: bool = True
+        self, name: str, start: int, stop: int, shape: Sequence[int] | None, *, raw: bool = False, check: bool = True
     ) -> tuple[list[torch.Tensor], torch.Tensor | None, Sequence[torch.Tensor] | None]:
         """One chunk of every model, of the base, and of the uniform numbers, in the given shape (default: as they lie)."""
-        models, base = self._load(name, start, stop, check)
+        models, base = self._load(name, start, stop, raw=raw, check=check)
         if shape is not None:
             models = [model.view(tuple(shape)) for model in models]
             base = base.view(tuple(shape)) if base is not None else None
@@ -222,8 +224,11 @@ class Engine:
         streams = [self._job.streams[position] for position in self._job.members_of(name)]
         return models, base, _Uniforms(self._job.uniforms, name, streams, start, stop, shape)
 
-    def _load(self, name: str, start: int, stop: int, check: bool) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """One chunk of every input, in the compute dtype; refuses NaN and infinity by model and tensor, if it is to `check`."""
+    def _load(self, name: str, start: int, stop: int, *, raw: bool, check: bool) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """One chunk of every input, in the compute dtype, or as it is stored if `raw` and that is no more than float32.
+
+        With `check` NaN and infinity are refused by model and tensor.
+        """
         import torch
 
         job = self._job
@@ -234,7 +239,9 @@ class Engine:
         lane = device.current()
         for slot, (label, checkpoint) in enumerate(zip(labels, inputs, strict=True)):
             values = checkpoint.read(name, start, stop)
-            chunk = (values if lane is None else lane.upload((id(self), slot), values)).to(compute)
+            chunk = values if lane is None else lane.upload((id(self), slot), values)
+            if not raw or compute == torch.float64:
+                chunk = chunk.to(compute)
             if check and not math.isfinite(chunk.sum().item()) and not bool(torch.isfinite(chunk).all()):
                 raise MergeError(
                     f"{label}: tensor '{name}' holds NaN or infinity near element {start + _first_bad(chunk):,}. "

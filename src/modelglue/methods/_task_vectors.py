@@ -26,21 +26,29 @@ def divisor(weight: Sequence[float], normalize: bool) -> float:
     return total if abs(total) >= 1e-8 else 1.0
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, if it is stored in less."""
+    import torch
+
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
+
+
 @chunk_function
 def weighted_sum(models: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-    """sum_i s_i X_i, in the order of the models. Tensors float32 or float64 [length]."""
-    result = models[0] * scales[0]
+    """sum_i s_i X_i, in the order of the models, at least in float32. Tensors [length], of any floating dtype."""
+    result = _wide(models[0]) * scales[0]
     for model, scale in zip(models[1:], scales[1:], strict=True):
-        result += model * scale
+        result += _wide(model) * scale
     return result
 
 
 @chunk_function
 def add_scaled(base: Tensor, models: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-    """B + sum_i s_i (X_i - B). Tensors float32 or float64 [length]."""
-    result = (models[0] - base) * scales[0]
+    """B + sum_i s_i (X_i - B), at least in float32. Tensors [length], of any floating dtype."""
+    base = _wide(base)
+    result = (_wide(models[0]) - base) * scales[0]
     for model, scale in zip(models[1:], scales[1:], strict=True):
-        result += (model - base) * scale
+        result += (_wide(model) - base) * scale
     return result + base
 
 

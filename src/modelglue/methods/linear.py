@@ -18,7 +18,7 @@ def _weights_do_not_cancel(parameters: Mapping[str, Any], models: Sequence[str])
     return []
 
 
-@method(source="Model soups, arXiv 2203.05482", check=_weights_do_not_cancel)
+@method(source="Model soups, arXiv 2203.05482", check=_weights_do_not_cancel, raw=True)
 def linear(models: Sequence[Tensor], *, weight: PerModel[float], normalize: bool = True) -> Tensor:
     """Weighted average of the models: sum_i w_i X_i, divided by sum_i w_i.
 

@@ -62,6 +62,7 @@ def _rounds(parameters: Mapping[str, Any]) -> list[Round]:
     units=("element", "row"),
     survey=_rounds,
     models=(2, None),
+    raw=True,
     mergekit={"clip_ratio": False},
     source="Model Stock, arXiv 2403.19522",
 )

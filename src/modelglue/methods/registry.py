@@ -112,6 +112,8 @@ class Method:
     min_models: int
     max_models: int | None
     symmetric: bool
+    #: where it is computed element by element, it takes inputs as they are stored, and what is no number in one is none in the result
+    raw: bool
     #: even one model at full weight is taken in part only
     selective: bool
     summary: str
@@ -221,6 +223,7 @@ def method(
     returns: Literal["tensor", "bank", "state"] = "tensor",
     models: tuple[int, int | None] = (1, None),
     symmetric: bool = True,
+    raw: bool = False,
     selective: bool = False,
     source: str,
     check: Check | None = None,
@@ -231,7 +234,9 @@ def method(
     """Declare a merge method. The function's name is its id.
 
     unit: what one call must hold (may depend on the parameters; then `units` lists the possible ones). survey: the rounds
-    that reduce over chunks first. models: least and largest number of models besides the base. symmetric: permuting models
+    that reduce over chunks first. models: least and largest number of models besides the base. raw: the method's
+    chunk functions widen their tensors themselves, and NaN spreads through them, so that nothing is converted or checked before; only
+    where the unit is "element". symmetric: permuting models
     together with their parameters changes nothing. selective: even one model at full weight is taken in part only. check: what
     single ranges cannot say about resolved parameters. copies: for which parameters the one model's tensor is taken as it is. mergekit:
     values that its recipes mean where they say nothing, and where ours differ. without_effect: further names that its recipes may give
@@ -257,7 +262,7 @@ def method(
         )
         _registry[function.__name__] = Method(
             id=function.__name__, function=function, units=units or ((unit,) if isinstance(unit, str) else ("element",)),
-            parameters=parameters, inputs=inputs, returns=returns, min_models=models[0], max_models=models[1], symmetric=symmetric,
+            parameters=parameters, inputs=inputs, returns=returns, min_models=models[0], max_models=models[1], symmetric=symmetric, raw=raw,
             selective=selective, summary=doc.split("\n", 1)[0], doc=doc, source=source,
             needs_base="base" in inputs and not _optional(hints["base"])[1],
             mergekit=dict(mergekit or {}), without_effect=(*_NEVER_AN_EFFECT, *without_effect), _unit=unit, _rounds=survey,

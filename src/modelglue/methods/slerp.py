@@ -30,7 +30,13 @@ def _angle(partials: Sequence[Any], known: Any, numel: int, parameters: Mapping[
     return None if abs(cosine) > _NEARLY_PARALLEL else math.acos(cosine)
 
 
-@method(survey=[Round(_dots, _angle)], models=(1, 1), symmetric=False, source="classical quaternion interpolation; no paper for merging")
+@method(
+    raw=True,
+    survey=[Round(_dots, _angle)],
+    models=(1, 1),
+    symmetric=False,
+    source="classical quaternion interpolation; no paper for merging",
+)
 def slerp(models: Sequence[Tensor], base: Tensor, survey: Sequence[float | None], *, t: float) -> Tensor:
     """Arc from the base (t = 0) to the model (t = 1), each whole tensor taken as one vector.
 

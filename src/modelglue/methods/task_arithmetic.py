@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(without_effect=("density", "rescale"), source="Editing models with task arithmetic, arXiv 2212.04089")
+@method(raw=True, without_effect=("density", "rescale"), source="Editing models with task arithmetic, arXiv 2212.04089")
 def task_arithmetic(
     models: Sequence[Tensor], base: Tensor, *, weight: PerModel[float], lambda_: float = 1.0, normalize: bool = False
 ) -> Tensor:
