@@ -20,6 +20,10 @@ class Run:
     start: int
     stop: int
 
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
     def names(self, at: int, total: int, *, first: bool, last: bool) -> dict[str, str]:
         """Output name -> name in the model, for a slice whose first layer becomes layer `at` of `total`."""
         found = {}
@@ -47,7 +51,7 @@ def cut(runs: Sequence[Run], base: Run | None, at: int, total: int, *, first: bo
     """A slice that becomes the layers from `at` on. The embeddings come with the first slice, final norm and head with the last."""
     inputs = [*runs, *([base] if base is not None else [])]
     maps = [run.names(at, total, first=first, last=last) for run in inputs]
-    length = runs[0].stop - runs[0].start
+    length = runs[0].length
     spots = {}
     for name in sorted(frozenset().union(*maps)):
         owner = next(run for run, names in zip(inputs, maps, strict=True) if name in names)
