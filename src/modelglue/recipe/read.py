@@ -9,7 +9,8 @@ from typing import Any
 from modelglue.errors import RecipeError
 from modelglue.recipe.checks import Checks
 from modelglue.recipe.document import Document, load_documents, validate
-from modelglue.recipe.mergekit import Converted, convert
+from modelglue.recipe.mergekit import convert
+from modelglue.recipe.mergekit_reader import Converted
 from modelglue.recipe.schema import Origin, Recipe
 from modelglue.recipe.several import assemble
 

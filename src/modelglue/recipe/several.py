@@ -7,7 +7,7 @@ from typing import Any
 
 from modelglue.errors import RecipeError, did_you_mean
 from modelglue.recipe.document import Document, Place
-from modelglue.recipe.mergekit import Converted
+from modelglue.recipe.mergekit_reader import Converted
 
 
 def assemble(documents: Sequence[Converted]) -> Converted:
