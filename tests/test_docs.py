@@ -53,6 +53,15 @@ def test_the_recipes_of_the_readme_can_be_read() -> None:
     assert [model.alias for model in validate(parse_document(zoo, "README.md"), GlueFile).zoo.models] == ["chat", "code", "math"]
 
 
+def test_the_recipes_of_the_documents_can_be_read() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) > 5
+    for block in blocks:
+        recipe = read_recipe(parse_document(block, "recipes.md").value)
+        assert recipe.warnings == ()
+        assert read_recipe(canonical(recipe)) == recipe
+
+
 # -- docs/from-mergekit.md ----------------------------------------------------------------------------------------------------------
 
 
