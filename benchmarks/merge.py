@@ -112,8 +112,6 @@ def measure(options: argparse.Namespace) -> None:
                 merges[method, mode].append(merge(recipes[method], scratch, options, mode))
             if other:
                 others[method].append(merge_elsewhere(other, scratch, method, folders))
-    for method in others:
-        others[method][0].private_mb = merge_elsewhere(other or "", scratch, method, folders, sample=True).private_mb
     memory = {key: merge(recipes[key[0]], scratch, options, key[1], sample=True).private_mb for key in merges}
     report(options, folders, copies, merges, memory, others)
     if options.json:
@@ -190,12 +188,13 @@ def mergekit_command(scratch: Path) -> str:
     return str(command)
 
 
-def merge_elsewhere(command: str, scratch: Path, method: str, folders: Sequence[Path], *, sample: bool = False) -> Run:
+def merge_elsewhere(command: str, scratch: Path, method: str, folders: Sequence[Path]) -> Run:
+    """Its memory is sampled in the same run, because its runs are long enough to bear it."""
     output = scratch / "merged-elsewhere"
     shutil.rmtree(output, ignore_errors=True)
     recipe = write_mergekit_recipe(scratch, method, folders)
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": None, "PYTHONPATH": None}
-    result = run([command, str(recipe), str(output), "--no-copy-tokenizer", "--no-write-model-card"], offline, sample=sample, quiet=True)
+    result = run([command, str(recipe), str(output), "--no-copy-tokenizer", "--no-write-model-card"], offline, sample=True, quiet=True)
     shutil.rmtree(output)
     return result
 
