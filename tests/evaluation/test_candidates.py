@@ -111,6 +111,9 @@ def identity(models: Mapping[str, Checkpoint], candidate: Candidate, dtype: str 
         return CandidateEvaluator(models, TaskSet({}), store, store_dtype=dtype).identity(candidate)
 
 
+HALVES = [{"model": "reverse", "weight": 0.5}, {"model": "larger", "weight": 0.5}]
+
+
 def test_an_identity_changes_with_everything_that_matters(models: Mapping[str, Checkpoint]) -> None:
     found = {
         identity(models, Candidate.linear({"reverse": 0.5, "larger": 0.5})),
@@ -120,8 +123,8 @@ def test_an_identity_changes_with_everything_that_matters(models: Mapping[str, C
         identity(models, Candidate.linear({"reverse": 1, "larger": 1, "generalist": 1})),
         identity(models, Candidate.linear({"reverse": 0.5, "larger": 0.5}), "float32"),
         identity(models, Candidate.linear({"reverse": 0.5, "larger": 0.5}), "bfloat16"),
-        identity(models, Candidate("ties", ("reverse", "larger"), (0.5, 0.5))),
-        identity(models, Candidate("linear", ("reverse", "larger"), (0.5, 0.5), (("normalize", False),))),
+        identity(models, Candidate.of({"method": "ties", "models": HALVES})),
+        identity(models, Candidate.of({"method": "linear", "models": HALVES, "parameters": {"normalize": False}})),
         *(identity(models, Candidate.single(name)) for name in NAMES),
     }
     assert len(found) == 13

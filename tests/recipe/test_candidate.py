@@ -12,15 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelglue.errors import UserError
-from modelglue.recipe import Candidate, Scores, interval, paired_interval
+from modelglue.recipe import Candidate, Cost, Plan, Scores, interval, paired_interval
 
 # -- candidates -------------------------------------------------------------------------------------------------------------------
 
 
+def models(**weights: float) -> list[dict[str, object]]:
+    return [{"model": alias, "weight": weight} for alias, weight in weights.items()]
+
+
 def test_linear_normalises_and_keeps_the_order() -> None:
     found = Candidate.linear({"b": 3, "a": 1})
-    assert found == Candidate("linear", ("b", "a"), (0.75, 0.25))
-    assert found.key == '["linear", ["b", "a"], [0.75, 0.25], []]'
+    assert found == Candidate.of({"method": "linear", "models": models(b=0.75, a=0.25)})
+    assert (found.method, found.members, found.weights) == ("linear", ("b", "a"), (0.75, 0.25))
+    assert found.key == '{"method": "linear", "models": [{"model": "b", "weight": 0.75}, {"model": "a", "weight": 0.25}]}'
 
 
 def test_weights_without_effect_are_dropped_after_normalisation() -> None:
@@ -50,24 +55,48 @@ def test_weights_that_cannot_be_normalised(weights: dict[str, float]) -> None:
 
 
 def test_keys_round_to_a_millionth_and_know_no_negative_zero() -> None:
-    third = Candidate("linear", ("a", "b", "c"), (1 / 3, 1 / 3, 1 / 3))
-    nearly = Candidate("linear", ("a", "b", "c"), (0.3333331, 0.3333334, 0.3333335))
+    third = Candidate.linear({"a": 1, "b": 1, "c": 1})
+    nearly = Candidate.of({"method": "linear", "models": models(a=0.3333331, b=0.3333334, c=0.3333335)})
     assert third.key != nearly.key  # 0.333333 and 0.333334
-    assert third.key == Candidate("linear", ("a", "b", "c"), (0.3333332, 0.3333333, 0.3333334)).key
-    assert Candidate("x", ("a",), (-0.0,)).key == Candidate("x", ("a",), (0.0,)).key
+    assert third.key == Candidate.of({"method": "linear", "models": models(a=0.3333332, b=0.3333333, c=0.3333334)}).key
+    zeros = [Candidate.of({"method": "x", "models": [{"model": "a", "weight": zero}]}) for zero in (-0.0, 0.0, 0, -1e-9)]
+    assert len({zero.key for zero in zeros}) == 1
+    assert Candidate.of({"method": "x", "models": models(a=True)}).key != Candidate.of({"method": "x", "models": models(a=1)}).key
 
 
 def test_keys_tell_everything_apart() -> None:
-    one = Candidate("ties", ("a", "b"), (0.5, 0.5), (("density", 0.2), ("lambda", 1.0)))
-    others = [
-        Candidate("linear", ("a", "b"), (0.5, 0.5), one.parameters),
-        Candidate("ties", ("b", "a"), (0.5, 0.5), one.parameters),
-        Candidate("ties", ("a", "b"), (0.5, 0.500001), one.parameters),
-        Candidate("ties", ("a", "b"), (0.5, 0.5), (("density", 0.3), ("lambda", 1.0))),
-        Candidate("ties", ("a", "b"), (0.5, 0.5)),
-    ]
-    assert len({candidate.key for candidate in [one, *others]}) == 6
-    assert json.loads(one.key) == ["ties", ["a", "b"], [0.5, 0.5], [["density", 0.2], ["lambda", 1.0]]]
+    def ties(density: float | None = 0.2, method: str = "ties", **weights: float) -> Candidate:
+        parameters = {} if density is None else {"parameters": {"density": density, "lambda": 1.0}}
+        return Candidate.of({"method": method, "base": "o", "models": models(**(weights or {"a": 0.5, "b": 0.5})), **parameters})
+
+    found = [ties(), ties(method="linear"), ties(b=0.5, a=0.5), ties(a=0.5, b=0.500001), ties(0.3), ties(None)]
+    assert len({candidate.key for candidate in found}) == 6
+    assert found[0] == ties()
+    assert json.loads(found[0].key)["parameters"] == {"density": 0.2, "lambda": 1}
+
+
+def test_names_of_a_recipe_in_which_merges_are_inputs() -> None:
+    inner = {"method": "slerp", "base": "b", "models": [{"model": "c"}], "parameters": {"t": 0.5}}
+    slices = [{"models": [{"model": "d", "layers": [0, 2]}, {"model": inner, "layers": [0, 2]}], "base": "e"}]
+    found = Candidate.of({"method": "ties", "base": "a", "slices": slices, "modules": {"text": {"models": [{"model": "f"}]}}})
+    assert found.members == ("f", "d", "c")
+    assert sorted(found.aliases) == ["a", "b", "c", "d", "e", "f"]
+    assert found.alone is None
+    assert found.describe() == "ties of f, d, c"
+    with pytest.raises(UserError, match="method 'ties' has no list of coefficients"):
+        _ = found.weights
+    renamed = json.loads(found.key_over({"a": "A", "c": "C", "f": "F"}))
+    assert renamed["base"] == "A"
+    assert renamed["modules"] == {"text": {"models": [{"model": "F"}]}}
+    nested = {"model": {**inner, "models": [{"model": "C"}]}, "layers": [0, 2]}
+    assert renamed["slices"] == [{"base": "e", "models": [{"model": "d", "layers": [0, 2]}, nested]}]
+
+
+def test_a_candidate_is_plain_data() -> None:
+    with pytest.raises(UserError, match="plain data with finite numbers"):
+        Candidate.of({"method": "linear", "models": models(a=math.nan)})
+    with pytest.raises(UserError, match="plain data"):
+        Candidate.of({"method": "linear", "models": {1, 2}})
 
 
 names = st.lists(st.text(min_size=1, max_size=3), min_size=1, max_size=5, unique=True)
@@ -104,6 +133,24 @@ def test_only() -> None:
     assert list(SCORES.only(["y", "x"]).items) == ["y", "x"]
     with pytest.raises(KeyError):
         SCORES.only(["z"])
+
+
+def test_losses_are_a_mean_of_means_too() -> None:
+    assert SCORES.loss is None
+    assert Scores(SCORES.items, losses={"x": {"1": 1.0, "2": 2.0}, "y": {"1": 0.5}}).loss == 1.0
+
+
+def test_costs_add_up() -> None:
+    assert Cost(1, 2, 3, 0.5) + Cost(10, 20, 30, 1.0) == Cost(11, 22, 33, 1.5)
+
+
+def test_a_prefix_takes_the_first_items_of_each_task() -> None:
+    class Three:
+        def items(self, task: str) -> list[str]:
+            return [f"{task}{number}" for number in (2, 0, 1)]
+
+    plan = Plan.prefix(Three(), {"x": 2, "y": 5, "z": 0})  # type: ignore[arg-type]
+    assert plan.items == {"x": ("x2", "x0"), "y": ("y2", "y0", "y1")}
 
 
 # -- intervals --------------------------------------------------------------------------------------------------------------------

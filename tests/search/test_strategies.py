@@ -27,7 +27,7 @@ def test_ranking() -> None:
 
 def test_average_asks_one_at_a_time_and_keeps_the_zoo_order() -> None:
     searcher: Searcher = AverageSearch(RANKING, Rule())
-    assert searcher.ask() == [Candidate("linear", ("b", "c"), (0.5, 0.5))]
+    assert searcher.ask() == [Candidate.linear({"b": 1, "c": 1})]
     assert searcher.ask() == searcher.ask()
     searcher.tell([scores(0.6)])
     assert searcher.ask()[0].members == ("a", "b", "c")

@@ -13,7 +13,7 @@ from modelglue.evaluation.scoring import BatchListener, score_text_model
 from modelglue.evaluation.store import ScoreStore
 from modelglue.evaluation.tasks import TaskSet
 from modelglue.models import LiveTextModel, load_into, load_live, load_tokenizer
-from modelglue.recipe import Candidate, Scores, build, linear_recipe
+from modelglue.recipe import Candidate, Scores, build, read_recipe
 
 if TYPE_CHECKING:
     from modelglue.models import TextModel
@@ -80,40 +80,29 @@ class CandidateEvaluator:
         scores = score_text_model(
             self._live(candidate, identity), identity, self._task_set, self._store, description=candidate.key, on_batch=self._on_batch
         )
-        return replace(scores, warnings=tuple(f"{_name(candidate)}: {warning}" for warning in scores.warnings))
+        return replace(scores, warnings=tuple(f"{candidate.describe()}: {warning}" for warning in scores.warnings))
 
     def identity(self, candidate: Candidate) -> str:
         """SHA-256 (hex) that changes with any member's content, any coefficient (at 1e-6), the method, or the stored dtype.
 
         A member by itself has the identity of its checkpoint, so its scores are shared with every other use of the model.
         """
-        members = [self._checkpoints[alias].identity for alias in candidate.members]
-        if len(members) == 1 and candidate == Candidate.single(candidate.members[0]):
-            return members[0]
-        recipe = [
-            ENGINE_VERSION,
-            candidate.method,
-            members,
-            [round(w, 6) for w in candidate.weights],
-            candidate.parameters,
-            self._store_dtype,
-        ]
+        contents = {alias: self._checkpoints[alias].identity for alias in candidate.aliases}
+        if candidate.alone is not None:
+            return contents[candidate.alone]
+        recipe = [ENGINE_VERSION, candidate.key_over(contents), self._store_dtype]
         return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
     def _live(self, candidate: Candidate, identity: str) -> Callable[[], TextModel]:
         return lambda: self._resident.holding(self._expression(candidate), identity)
 
     def _expression(self, candidate: Candidate) -> Checkpoint:
-        if len(candidate.members) == 1:
-            return self._checkpoints[candidate.members[0]]
-        recipe = linear_recipe(candidate.members, candidate.weights, self._store_dtype)
-        return build(recipe, resolve=self._checkpoints.__getitem__)
-
-
-def _name(candidate: Candidate) -> str:
-    if len(candidate.members) == 1:
-        return candidate.members[0]
-    return " + ".join(f"{weight:.4g} {alias}" for alias, weight in zip(candidate.members, candidate.weights, strict=True))
+        if candidate.alone is not None:
+            return self._checkpoints[candidate.alone]
+        recipe = dict(candidate.recipe)
+        if self._store_dtype is not None:
+            recipe["dtype"] = {"store": self._store_dtype}
+        return build(read_recipe(recipe), resolve=self._checkpoints.__getitem__)
 
 
 def _shape(checkpoint: Checkpoint) -> str:

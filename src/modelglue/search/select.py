@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from modelglue.errors import RunError, UserError, did_you_mean
-from modelglue.recipe import Candidate, Evaluator, Scores
+from modelglue.recipe import Candidate, Scorer, Scores
 from modelglue.search.ranking import Accept, Ranking, Rule
 from modelglue.search.selection import Selection
 from modelglue.search.strategies import AverageSearch, CoefficientSearch, Searcher, by_similarity, in_order
@@ -41,13 +41,13 @@ class SelectResult:
 
 def select(
     members: Sequence[str],
-    evaluator: Evaluator,
+    evaluator: Scorer,
     *,
     strategy: Strategy = "all",
     coefficients: Sequence[float] = GRID,
     accept: Accept = ">=",
     similarity_to: SimilarityTo | None = None,
-    confirm: Evaluator | None = None,
+    confirm: Scorer | None = None,
     on_event: Listener | None = None,
 ) -> SelectResult:
     """Which members of a family to merge, with which coefficients, by measuring candidates.
@@ -140,7 +140,7 @@ def _searcher(name: str, ranking: Ranking, rule: Rule, grid: Sequence[float], si
 class _Book:
     """Scores by candidate key, each asked for once; NaN is written as 0 with a warning."""
 
-    evaluator: Evaluator
+    evaluator: Scorer
     _scores: dict[str, Scores] = field(default_factory=dict)
     _warnings: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _nan: set[str] = field(default_factory=set)
@@ -177,9 +177,7 @@ def _without_nan(scores: Scores, what: str) -> tuple[Scores, tuple[str, ...]]:
 
 
 def _describe(candidate: Candidate) -> str:
-    if len(candidate.members) == 1:
-        return f"'{candidate.members[0]}'"
-    return " + ".join(f"{weight:.4g} {alias}" for alias, weight in zip(candidate.members, candidate.weights, strict=True))
+    return f"'{candidate.alone}'" if candidate.alone is not None else candidate.describe()
 
 
 def _names(strategy: str, similarity_to: SimilarityTo | None) -> tuple[str, ...]:
