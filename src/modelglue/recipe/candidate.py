@@ -229,7 +229,7 @@ class Scores:
     status: Status = "ok"
     losses: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Task -> item id -> loss (smaller is better), from an evaluator of level E4: it tells apart what scores the same."""
-    cost: Cost = Cost()
+    cost: Cost = field(default=Cost(), compare=False)
     error: str = ""
 
     def tasks(self) -> dict[str, float]:
