@@ -1,4 +1,4 @@
-"""From recipes to expressions: slices, modules, sub-models, tensors that only some models have, dtypes, and what the output says of itself."""
+"""From recipes to expressions: slices, modules, sub-models, tensors that only some models have, and what the output says."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import modelglue
 from modelglue.checkpoint import Checkpoint, TensorsCheckpoint, save
 from modelglue.errors import MergeError, RecipeError
 from modelglue.recipe import build, build_with_warnings, check, read_recipe
-from tests.recipe.on_disk import write_model, write_recipe
+from tests.recipe.on_disk import WORDS, write_model, write_recipe
 from tests.zoo.models import CONFIG, tensors
 
 UP = "model.layers.{}.mlp.up_proj.weight"
@@ -443,3 +444,33 @@ def test_check_counts_what_slices_read(tmp_path: Path, monkeypatch: pytest.Monke
     assert report.read_bytes == read
     assert report.models == ("a", "b")
     assert report.output_bytes == sum(value.nbytes for value in tensors(1, layers=4).values())
+
+
+def test_an_output_with_a_tokenizer_section_is_made_again_from_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that the section names are called by paths from the output's folder, keywords stay keywords."""
+    monkeypatch.chdir(tmp_path)
+    longer = {**tensors(2), "model.embed_tokens.weight": torch.ones(9, 6), "lm_head.weight": torch.ones(9, 6)}
+    write_model(tmp_path / "base", 1)
+    write_model(tmp_path / "long", weights=longer, words=(*WORDS, "g"), vocab_size=9)
+    tokens = {"g": {"source": {"model": "base", "token": "a"}}, "new": {"source": {"model": "long", "token_id": 2}, "force": True}}
+    for number, source in enumerate(("base", "union", {"model": "long"})):
+        value = {**linear("base", "long"), "tokenizer": {"source": source, "tokens": tokens, "pad_to_multiple_of": 4}}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            save(modelglue.merge(value), tmp_path / "deep" / str(number))
+            save(modelglue.merge(tmp_path / "deep" / str(number) / "modelglue_recipe.yaml"), tmp_path / f"again{number}")
+        first, again = (
+            load_file(folder / "model.safetensors") for folder in (tmp_path / "deep" / str(number), tmp_path / f"again{number}")
+        )
+        assert first["lm_head.weight"].shape == (12, 6)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        written = yaml.safe_load((tmp_path / "deep" / str(number) / "modelglue_recipe.yaml").read_text())["tokenizer"]
+        assert written["source"] == ({"model": "../../long"} if isinstance(source, dict) else source)
+        assert written["tokens"]["g"]["source"] == {"model": "../../base", "token": "a"}
+
+
+def test_a_method_that_looks_at_the_whole_model_says_that_slices_are_looked_at_one_by_one() -> None:
+    opened = models(base=tensors(0), a=tensors(1))
+    part = [{"models": [{"model": "a", "layers": layers, "weight": 1, "density": 0.5}]} for layers in ([0, 1], [1, 2])]
+    value = {"method": "ties", "base": "base", "slices": part, "parameters": {"trim_scope": "model"}}
+    assert found_odd(value, opened) == ("<recipe>: ties looks at a whole model at once; here it looks at each slice or module by itself.",)

@@ -88,7 +88,11 @@ class _Assembly:
         if planned.faults:
             raise RecipeError("\n".join(dict.fromkeys(planned.faults)))
         values = [found for piece in planned.pieces for found in distinct_values(piece.values)]
-        self._context.surveyed |= any(self._method.rounds(found) for found in values)
+        rounds = [round_ for found in values for round_ in self._method.rounds(found)]
+        self._context.surveyed |= bool(rounds)
+        if len(planned.pieces) > 1 and any(round_.scope == "model" for round_ in rounds):
+            text = f"{self._method.id} looks at a whole model at once; here it looks at each slice or module by itself."
+            self._context.warnings.append(self._recipe.origin.fault((), text))
         fields = merged_fields(self._inputs.fields, *planned.fields)
         merged = dressed(self._join(planned), config=fields, files=alignment.files)
         if self._recipe.chat_template is not None:
