@@ -515,6 +515,19 @@ def test_views_stay_valid_when_pages_are_let_go(tmp_path: Path) -> None:
     assert torch.equal(first, values[:1000])
 
 
+def test_a_model_of_more_shards_than_a_process_may_have_open_files(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    shards = {f"model-{n:05}-of-00200.safetensors": {f"w{n:03}": torch.full((4,), float(n))} for n in range(1, 201)}
+    checkpoint = SafetensorsCheckpoint(write_model(tmp_path, shards))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (150, limits[1]))
+    try:
+        read = [checkpoint.read(name) for name in checkpoint.names()]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert [view.tolist() for view in read] == [[float(n)] * 4 for n in range(1, 201)]
+
+
 def test_pickled_checkpoint_maps_the_files_itself(tmp_path: Path) -> None:
     checkpoint = SafetensorsCheckpoint(write_model(tmp_path, SHARDS, index=True))
     checkpoint.read("a")

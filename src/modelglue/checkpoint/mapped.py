@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +23,16 @@ _MAPPED_AT_ONCE = 2**21
 
 
 class MappedFiles:
-    """The files of one model, each mapped when it is first read. Picklable: another process maps them itself."""
+    """The files of one model, each mapped when it is first read. Picklable: another process maps them itself.
+
+    No file stays open: a mapping outlives the descriptor that it was made through, and models may have more shards than a process may
+    have open files. (`mmap.mmap` keeps a descriptor for each of its mappings; torch's own mapping does not.)
+    """
 
     def __init__(self, paths: Sequence[Path], sizes: Sequence[int]) -> None:
         self.paths = tuple(paths)
         self._sizes = tuple(sizes)  # what the headers have promised, checked again when a file is mapped
-        self._maps: dict[int, mmap.mmap] = {}
+        self._maps: dict[int, memoryview] = {}
         self._touched: set[int] = set()  # files read since pages were last let go
         self._read = 0  # bytes of them
 
@@ -53,24 +59,35 @@ class MappedFiles:
         self._read += max(size, _MAPPED_AT_ONCE)
         if self._read > MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
             for touched in self._touched:
-                self._map(touched).madvise(mmap.MADV_DONTNEED)
+                mapping = self._map(touched)
+                begin = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+                _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(len(mapping)), mmap.MADV_DONTNEED)
             self._touched, self._read = set(), 0
 
-    def _map(self, number: int) -> mmap.mmap:
+    def _map(self, number: int) -> memoryview:
+        import torch
+
         if number not in self._maps:
             path = self.paths[number]
             try:
-                with path.open("rb") as stream:
-                    # A private mapping: torch wants a writable buffer, and a stray write could never reach the file.
-                    mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+                with path.open("rb"):  # says why, where it cannot be read
+                    size = path.stat().st_size
             except OSError as error:
                 raise CheckpointError(f"{path}: cannot be read ({error.strerror}), though it was there before.") from error
-            except ValueError as error:  # an empty file cannot be mapped
-                raise _shorter(path) from error
-            if len(mapping) < self._sizes[number]:
+            if size < max(self._sizes[number], 1):  # an empty file cannot be mapped
                 raise _shorter(path)
-            self._maps[number] = mapping
+            try:
+                # A private mapping: torch wants a writable buffer, and a stray write could never reach the file.
+                self._maps[number] = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy().data
+            except (RuntimeError, UnicodeEncodeError) as error:
+                raise CheckpointError(f"{path}: cannot be mapped into memory ({error}).") from error
         return self._maps[number]
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    """The C library, for the advice that torch's mappings cannot give."""
+    return ctypes.CDLL(None)
 
 
 def _shorter(path: Path) -> CheckpointError:
