@@ -1,10 +1,11 @@
-"""A merge of 200 MB models, killed with SIGKILL at twenty random moments and run again each time, ends with the same bytes."""
+"""Merges of 200 MB models by every method, killed with SIGKILL at fifty random moments and run again each time, end with the same bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.checkpoint.test_same_bytes import METHODS
 from tests.conftest import REPOSITORY
 
-KILLS = 20
+KILLS = 50
 #: 100 million elements of bfloat16, in tensors as different as those of a model
 SHAPES = {
     "embed": (16_000, 1000),
@@ -29,19 +31,16 @@ SHAPES = {
 DRIVER = """
 import sys
 from pathlib import Path
-from modelglue.checkpoint import MergedCheckpoint, journal, open_checkpoint, plan, save
-from modelglue.methods import get
+from modelglue.checkpoint import journal, open_checkpoint, plan, save
+from tests.checkpoint.test_same_bytes import merged
 import torch
 
 journal.JOURNAL_BYTES = 16_000_000
 plan.TASK_ELEMENTS = 2**20
-out, *models = map(Path, sys.argv[1:])
-base, *models = [open_checkpoint(path) for path in models]
-parameters = {"weight": [0.6, 0.4], "density": [0.5, 0.7], "lambda": 1.0, "normalize": True, "rescale": False, "trim_scope": "tensor",
-              "zero_sign": "plus"}
-merged = MergedCheckpoint(get("ties"), models, base, parameters)
+method, out, *models = sys.argv[1:]
+expression = merged(method, [open_checkpoint(path) for path in models])
 print("ready", flush=True)
-report = save(merged, out, workers=2, shard_bytes=60_000_000)
+report = save(expression, Path(out), workers=2, shard_bytes=60_000_000)
 print(report.resumed_bytes, report.already_complete, flush=True)
 """
 
@@ -63,10 +62,11 @@ def write_models(folder: Path) -> list[Path]:
     return paths
 
 
-def start(out: Path, models: list[Path]) -> subprocess.Popen[bytes]:
+def start(method: str, out: Path, models: list[Path]) -> subprocess.Popen[bytes]:
     """The driver, in a process group of its own, after it has opened the models."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "MODELGLUE_COMPILE": "off"}
-    command = [sys.executable, "-c", DRIVER, str(out), *map(str, models)]
+    paths = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)])
+    environment = {**os.environ, "PYTHONPATH": paths, "MODELGLUE_COMPILE": "off", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DRIVER, method, str(out), *map(str, models)]
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
@@ -85,21 +85,31 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.soak
-def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
+def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
     models = write_models(tmp_path)
-    reference = tmp_path / "reference" / "out"
-    process = start(reference, models)
+    dice = random.Random(20)
+    kills = resumed = 0
+    while kills < KILLS:
+        for method in METHODS:
+            killed, went_on = kill_one(method, models, tmp_path / method, dice)
+            kills, resumed = kills + killed, resumed + went_on
+            shutil.rmtree(tmp_path / method)
+    print(f"{kills} kills, {resumed} runs went on where a killed process had stopped", flush=True)
+    assert resumed > KILLS // 4
+
+
+def kill_one(method: str, models: list[Path], folder: Path, dice: random.Random) -> tuple[int, int]:
+    """Three attempts on one output, and a last one that is left alone: how many were killed, and how many found work of an earlier one."""
+    reference, out = folder / "reference" / "out", folder / "victim" / "out"
+    process = start(method, reference, models)
     began = time.monotonic()
     assert finish(process) == 0
     duration = time.monotonic() - began
     expected = fingerprint(reference)
     assert len([name for name in expected if name.endswith(".safetensors")]) == 4
-
-    dice = random.Random(20)
-    kills, finished, resumed = 0, 0, 0
-    out = tmp_path / "victim-0" / "out"
-    while kills < KILLS:
-        process = start(out, models)
+    kills = 0
+    for _ in range(3):
+        process = start(method, out, models)
         moment = dice.uniform(0, duration)
         try:
             process.wait(timeout=moment)
@@ -107,16 +117,13 @@ def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             kills += 1
+            print(f"{method}: killed after {moment:.2f} of {duration:.2f} s", flush=True)
             # the rename may have been the last thing that it did
             assert not out.exists() or fingerprint(out) == expected, "no final name before the end"
-            print(f"kill {kills} after {moment:.2f} of {duration:.2f} s", flush=True)
             continue
-        resumed += finish(process) > 0
-        assert fingerprint(out) == expected
-        finished += 1
-        out = tmp_path / f"victim-{finished}" / "out"
-    resumed += finish(start(out, models)) > 0
-    assert fingerprint(out) == expected
+        finish(process)
+        break
+    went_on = finish(start(method, out, models)) > 0
+    assert fingerprint(out) == expected, method
     assert list(out.parent.iterdir()) == [out], "nothing is left beside it"
-    print(f"{finished + 1} outputs, {resumed} of them went on where a killed process had stopped", flush=True)
-    assert resumed > 0
+    return kills, int(went_on)
