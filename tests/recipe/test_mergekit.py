@@ -176,6 +176,14 @@ def test_truth_values_stay_what_they_are() -> None:
     assert found["parameters"] == {"normalize": [{"value": True}]}
 
 
+@pytest.mark.parametrize(("word", "means"), [("yes", True), ("On", True), ("no", False), ("OFF", False)])
+def test_truth_values_of_older_yaml(word: str, means: bool, tmp_path: Path) -> None:
+    entries = f"models:\n  - model: a\n    parameters: {{weight: 1}}\n  - model: b\n    parameters: {{weight: {word}}}\n"
+    found = canonical(read(tmp_path, f"merge_method: linear\n{entries}parameters: {{normalize: {word}}}\n", strict=True))
+    assert found["parameters"] == {"normalize": means}
+    assert found["models"][1] == {"model": "b", "weight": float(means)}
+
+
 # -- slices and modules -----------------------------------------------------------------------------------------------------------
 
 SLICES = """\
@@ -343,6 +351,13 @@ def test_the_result_may_have_a_name_and_what_it_does_not_use_is_said(tmp_path: P
     assert lines == ["r.yaml:8: name: the result does not use the document 'two'; it is not merged."]
     circle = SEVERAL.split("---")[0].replace("model: a", "model: two") + "---" + SEVERAL.split("---")[1]
     assert faults(tmp_path, circle) == ["r.yaml: every document is an input of another, so there is no result: they form a circle."]
+
+
+def test_documents_that_use_each_other_without_end_are_refused(tmp_path: Path) -> None:
+    first = "name: d0\nmerge_method: linear\nparameters: {weight: 1}\nmodels:\n  - model: a\n"
+    twice = "name: d{}\nmerge_method: linear\nparameters: {{weight: 1}}\nmodels:\n  - model: d{}\n  - model: d{}\n"
+    text = "---\n".join([first, *(twice.format(number, number - 1, number - 1) for number in range(1, 40))])
+    assert faults(tmp_path, text) == ["r.yaml: the documents use each other more than 1,000 times when written out."]
 
 
 def test_several_documents_of_ours_are_nested_by_hand(tmp_path: Path) -> None:

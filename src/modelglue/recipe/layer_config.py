@@ -19,6 +19,8 @@ _RULES = (
     "max_window_layers", "interleave_moe_layer_step", "attn_layer_period", "attn_layer_offset", "expert_layer_period",
     "expert_layer_offset", "no_rope_layer_interval", "global_attn_every_n_layers", "num_kv_shared_layers",
 )  # fmt: skip
+#: those that only say how the list of types came about, where there is one
+_SAID_BY_TYPES = ("full_attention_interval", "sliding_window_pattern", "max_window_layers", "global_attn_every_n_layers")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def layer_fields(config: Mapping[str, Any], tower: Tower, kind: str, layers: Seq
     if not straight:
         for key in _RULES:
             every = 0 if key in ("first_k_dense_replace", "num_kv_shared_layers") else 1  # no rule: the same for all layers
-            if own.get(key) not in (None, 0, every) and not (key == "sliding_window_pattern" and "layer_types" in own):
+            if own.get(key) not in (None, 0, every) and not (key in _SAID_BY_TYPES and "layer_types" in own):
                 warnings.append(
                     f"the config says '{key}: {own[key]}', a rule by layer number that the new order of layers need not follow."
                 )

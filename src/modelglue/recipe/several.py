@@ -9,6 +9,9 @@ from modelglue.errors import RecipeError, did_you_mean
 from modelglue.recipe.document import Document, Place
 from modelglue.recipe.mergekit_reader import Converted
 
+#: merges that one file may expand to: every use of a document is written out
+_MOST_MERGES = 1000
+
 
 def assemble(documents: Sequence[Converted]) -> Converted:
     """The final result as one recipe, in which every document that it names is nested, rounded to its stored dtype.
@@ -27,6 +30,7 @@ class _Assembly:
         self._named: dict[str, Converted] = {}
         self._faults = [fault for document in documents for fault in document.faults]
         self._used: set[str] = set()
+        self._merges = 0
 
     def run(self) -> Converted:
         unnamed = [document for document in self._documents if document.name is None]
@@ -69,6 +73,9 @@ class _Assembly:
                 circle = " -> ".join((*path[path.index(name) :], name))
                 raise RecipeError(inner.document.fault(("name",), f"the documents form a circle: {circle}."))
             self._used.add(name)
+            self._merges += 1
+            if self._merges > _MOST_MERGES:
+                raise RecipeError(f"{self._source()}: the documents use each other more than {_MOST_MERGES:,} times when written out.")
             here = (*prefix, *place)
             for ours, theirs in inner.trace.items():
                 trace[(*here, *ours)] = theirs
