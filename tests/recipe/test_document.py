@@ -78,6 +78,14 @@ def test_places() -> None:
     assert document.fault((), "is bad.") == "x.yaml:1: is bad."
 
 
+def test_merge_keys_bring_in_what_a_mapping_does_not_say() -> None:
+    text = "x: &x {a: 1, b: 2}\ny: &y {<<: *x, b: 3}\nz:\n  c: 4\n  <<: [*y, {a: 5, d: 6}]\n  a: 7\n"
+    assert value_of(text)["z"] == {"c": 4, "a": 7, "b": 3, "d": 6}
+    document = parse_document(text, "x.yaml")
+    assert [document.where(("z", key)) for key in "abcd"] == ["x.yaml:6", "x.yaml:2", "x.yaml:4", "x.yaml:5"]
+    assert value_of("'<<': 1") == {"<<": 1}
+
+
 def test_mappings_made_in_python_have_no_lines() -> None:
     document = load_document({"a": 1})
     assert document.fault(("a",), "is bad.") == "<recipe>: a: is bad."
@@ -92,9 +100,10 @@ def test_mappings_made_in_python_have_no_lines() -> None:
         ("a: 1\nb: 2\na: 3", "x.yaml:3: key 'a' is given twice (first on line 1). Keep one of them."),
         ("b:\n  - {c: 1, d: 2,\n     c: 3}", "x.yaml:3: key 'c' is given twice (first on line 2). Keep one of them."),
         ("1: a\n'1': b", "x.yaml:2: key '1' is given twice (first on line 1). Keep one of them."),
-        ("a: &x {b: 1}\nc:\n  <<: *x", "x.yaml:3: keys must be plain words; merge keys (<<) and nested keys are not allowed."),
-        ("? [a]\n: b", "x.yaml:1: keys must be plain words; merge keys (<<) and nested keys are not allowed."),
-        ("'': b", "x.yaml:1: keys must be plain words; merge keys (<<) and nested keys are not allowed."),
+        ("a:\n  <<: 3", "x.yaml:2: a merge key (<<) takes a mapping or a list of mappings, such as <<: *anchor."),
+        ("a: &x\n  b: 1\n  <<: *x", "x.yaml:3: the mapping merges itself (<<). Name another anchor."),
+        ("? [a]\n: b", "x.yaml:1: keys must be plain words; empty and nested keys are not allowed."),
+        ("'': b", "x.yaml:1: keys must be plain words; empty and nested keys are not allowed."),
         ("a: 1\n---\nb: 2", "x.yaml: holds 2 YAML documents, one is allowed here."),
         ("a: [1\nb: 2", "x.yaml:2: is not valid YAML: expected ',' or ']', but got ':'."),
         ("a: 1\n\tb: 2", "x.yaml:2: is not valid YAML: found character '\\t' that cannot start any token."),
@@ -184,7 +193,7 @@ def test_other_things_that_are_no_text_files(tmp_path: Path) -> None:
 
 #: without the three line breaks of YAML 1.1 that PyYAML itself does not bring through quotes
 plain = st.characters(exclude_categories=("Cs",), exclude_characters="\x85\u2028\u2029")
-keys = st.text(plain, min_size=1).filter(lambda key: key != "<<")
+keys = st.text(plain, min_size=1)
 scalars = st.one_of(
     st.none(),
     st.booleans(),

@@ -137,24 +137,52 @@ def _build(node: yaml.Node, place: Place, lines: dict[Place, int], source: str) 
         shown = node.tag.replace("tag:yaml.org,2002:", "!!")
         raise RecipeError(f"{source}:{line}: the tag {shown} is not allowed here. Write plain text, numbers, lists and mappings.")
     if isinstance(node, yaml.MappingNode):
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(getattr(key_node, "value", "")) if isinstance(key_node, yaml.ScalarNode) else ""
-            line = key_node.start_mark.line + 1
-            if not key or key == "<<":
-                raise RecipeError(f"{source}:{line}: keys must be plain words; merge keys (<<) and nested keys are not allowed.")
-            if key in result:
-                first = lines[(*place, key)]
-                raise RecipeError(f"{source}:{line}: key '{key}' is given twice (first on line {first}). Keep one of them.")
-            lines[(*place, key)] = line
-            result[key] = _build(value_node, (*place, key), lines, source)
-        return result
+        pairs = _pairs(node, source, {})
+        lines.update({(*place, key): pair[0].start_mark.line + 1 for key, pair in pairs.items()})
+        return {key: _build(value_node, (*place, key), lines, source) for key, (_, value_node) in pairs.items()}
     if isinstance(node, yaml.SequenceNode):
         return [_build(child, (*place, i), lines, source) for i, child in enumerate(node.value)]
     try:
         return _scalar(node)
     except ValueError as error:  # a tag that does not fit its text, or more digits than Python converts
         raise RecipeError(f"{source}:{line}: '{str(node.value)[:40]}' cannot be read as a value ({error}).") from error
+
+
+_Pairs = dict[str, tuple[yaml.Node, yaml.Node]]
+
+
+def _pairs(node: yaml.MappingNode, source: str, known: dict[int, _Pairs | None]) -> _Pairs:
+    """The keys of a mapping with their nodes. What merge keys (<<) bring in comes last, and only where the mapping is silent.
+
+    `known`: mappings that are done, by the identity of their nodes; None while one is at work.
+    """
+    own: _Pairs = {}
+    brought: list[_Pairs] = []
+    known[id(node)] = None
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            for one in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
+                if not isinstance(one, yaml.MappingNode):
+                    raise RecipeError(f"{source}:{line}: a merge key (<<) takes a mapping or a list of mappings, such as <<: *anchor.")
+                if id(one) not in known:
+                    _pairs(one, source, known)
+                found = known[id(one)]
+                if found is None:
+                    raise RecipeError(f"{source}:{line}: the mapping merges itself (<<). Name another anchor.")
+                brought.append(found)
+            continue
+        key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else ""
+        if not key:
+            raise RecipeError(f"{source}:{line}: keys must be plain words; empty and nested keys are not allowed.")
+        if key in own:
+            first = own[key][0].start_mark.line + 1
+            raise RecipeError(f"{source}:{line}: key '{key}' is given twice (first on line {first}). Keep one of them.")
+        own[key] = (key_node, value_node)
+    for pairs in brought:
+        own = {**own, **{key: pair for key, pair in pairs.items() if key not in own}}
+    known[id(node)] = own
+    return own
 
 
 #: YAML 1.1 readings that no recipe means: yes/no/on/off as booleans, 12:30 as 750, 010 as 8

@@ -37,6 +37,10 @@ _LEFTOVERS = {
 }
 
 
+#: truth values of YAML 1.1, which our reader leaves as text
+_TRUTH = {"yes": True, "on": True, "no": False, "off": False}
+
+
 @dataclass(frozen=True)
 class Reference:
     """A model of theirs: what opens it, and the class name that counts instead of its config's."""
@@ -170,6 +174,8 @@ class Reader:
         if isinstance(setting, dict):
             return {key: self._numbers((*place, key), name, item) if key == "value" else item for key, item in setting.items()}
         in_gradient = isinstance(place[-1], int)
+        if isinstance(setting, str):
+            setting = _TRUTH.get(setting.lower(), setting)
         if isinstance(setting, bool):
             return setting if parameter.type is bool and not in_gradient else float(setting)
         if isinstance(setting, str):
