@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sqlite3
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 
 from modelglue.errors import ModelGlueError, RunError, UserError
 from modelglue.evaluation import ScoreStore
+from modelglue.evaluation.items import Mark
 from tests.checkpoint.killing import dying, forked, kill_group, run_in_child
 
 
@@ -35,28 +38,36 @@ def rows(path: Path) -> list[tuple[str, str, float | None]]:
     return found
 
 
+def marks(values: Mapping[str, float]) -> dict[str, Mark]:
+    return {item: Mark(value) for item, value in values.items()}
+
+
+def values(marks: Mapping[str, Mark]) -> dict[str, float]:
+    return {item: mark.value for item, mark in marks.items()}
+
+
 # -- values -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_what_was_added_is_known_ever_after(path: Path) -> None:
     with ScoreStore(path) as store:
-        store.add("m", "a model", {"x": 1.0, "y": 0.25, "z": math.nan})
-        store.add("n", "another", {"x": 0.0})
-        assert store.known("m", ["x", "y", "w"]) == {"x": 1.0, "y": 0.25}
+        store.add("m", "a model", marks({"x": 1.0, "y": 0.25, "z": math.nan}))
+        store.add("n", "another", marks({"x": 0.0}))
+        assert values(store.known("m", ["x", "y", "w"])) == {"x": 1.0, "y": 0.25}
         assert store.counts() == (2, 4)
     with ScoreStore(path) as store:
-        assert store.known("n", ["x", "y", "z"]) == {"x": 0.0}
+        assert values(store.known("n", ["x", "y", "z"])) == {"x": 0.0}
         assert store.known("o", ["x"]) == {}
-        value = store.known("m", ["z"])["z"]
+        value = store.known("m", ["z"])["z"].value
         assert value != value
     assert rows(path) == [("m", "x", 1.0), ("m", "y", 0.25), ("m", "z", None), ("n", "x", 0.0)]
 
 
 def test_a_value_that_is_there_stays(path: Path) -> None:
     with ScoreStore(path) as store:
-        store.add("m", "first", {"x": 1.0})
-        store.add("m", "second", {"x": 0.0, "y": 0.5})
-        assert store.known("m", ["x", "y"]) == {"x": 1.0, "y": 0.5}
+        store.add("m", "first", marks({"x": 1.0}))
+        store.add("m", "second", marks({"x": 0.0, "y": 0.5}))
+        assert values(store.known("m", ["x", "y"])) == {"x": 1.0, "y": 0.5}
         assert store.counts() == (1, 2)
 
 
@@ -69,22 +80,22 @@ def test_a_value_that_is_there_stays(path: Path) -> None:
 def test_a_store_is_a_dictionary_that_keeps_first_values(batches: list[tuple[str, dict[str, float]]]) -> None:
     expected: dict[tuple[str, str], float] = {}
     with ScoreStore(":memory:") as store:
-        for model, values in batches:
-            store.add(model, "", values)
-            for item, value in values.items():
+        for model, scored in batches:
+            store.add(model, "", marks(scored))
+            for item, value in scored.items():
                 expected.setdefault((model, item), value)
-        names = [item for _, values in batches for item in values]
-        found = {(model, item): value for model in "mn" for item, value in store.known(model, names).items()}
+        names = [item for _, scored in batches for item in scored]
+        found = {(model, item): value for model in "mn" for item, value in values(store.known(model, names)).items()}
         assert store.counts() == (len({model for model, _ in batches}), len(expected))
     assert {key: repr(value) for key, value in found.items()} == {key: repr(value) for key, value in expected.items()}
 
 
 def test_opening_a_store_changes_nothing(path: Path) -> None:
     with ScoreStore(path) as store:
-        store.add("m", "", {"x": 1.0})
+        store.add("m", "", marks({"x": 1.0}))
     before = path.read_bytes()
     with ScoreStore(path) as store:
-        assert store.known("m", ["x"]) == {"x": 1.0}
+        assert values(store.known("m", ["x"])) == {"x": 1.0}
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == ["scores.sqlite"]
 
@@ -100,8 +111,8 @@ def test_processes_write_at_once(path: Path) -> None:
         gate.wait()  # all start together
         with ScoreStore(path) as store:
             for batch in range(25):
-                store.add("m", "", {f"{writer}-{batch}-{item}": item / 8 for item in range(8)})
-                store.add("shared", "", {f"{batch}": 0.5})
+                store.add("m", "", marks({f"{writer}-{batch}-{item}": item / 8 for item in range(8)}))
+                store.add("shared", "", marks({f"{batch}": 0.5}))
 
     processes = multiprocessing.get_context("fork")
     gate = processes.Barrier(4)
@@ -115,7 +126,7 @@ def test_processes_write_at_once(path: Path) -> None:
     assert [writer.exitcode for writer in writers] == [0, 0, 0, 0]
     with ScoreStore(path) as store:
         assert store.counts() == (2, 4 * 25 * 8 + 25)
-        assert store.known("m", ["3-24-7", "0-0-0"]) == {"3-24-7": 0.875, "0-0-0": 0.0}
+        assert values(store.known("m", ["3-24-7", "0-0-0"])) == {"3-24-7": 0.875, "0-0-0": 0.0}
 
 
 @forked
@@ -126,13 +137,13 @@ def test_a_writer_that_is_killed_loses_the_batch_in_flight_at_most(path: Path, c
         with ScoreStore(path) as store:
             commit = dying(ScoreStore.add, calls, before=before)
             for batch in range(10):
-                commit(store, "m", "", {f"{batch}-{item}": 1.0 for item in range(100)})
+                commit(store, "m", "", marks({f"{batch}-{item}": 1.0 for item in range(100)}))
 
     assert run_in_child(write) == -signal.SIGKILL
     kept = calls - before
     with ScoreStore(path) as store:
         assert store.counts() == (min(kept, 1), kept * 100)
-        store.add("m", "", {"new": 0.0})
+        store.add("m", "", marks({"new": 0.0}))
     assert len(rows(path)) == kept * 100 + 1
 
 
@@ -142,9 +153,9 @@ def test_a_writer_that_is_killed_inside_a_batch(path: Path) -> None:
 
     def write() -> None:
         with ScoreStore(path) as store:
-            store.add("m", "", {"a": 1.0, "b": 1.0})
+            store.add("m", "", marks({"a": 1.0, "b": 1.0}))
             store._connection.set_progress_handler(kill_group, 1000)
-            store.add("m", "", {str(number): 1.0 for number in range(1000)})
+            store.add("m", "", marks({str(number): 1.0 for number in range(1000)}))
 
     assert run_in_child(write) == -signal.SIGKILL
     assert rows(path) == [("m", "a", 1.0), ("m", "b", 1.0)]
@@ -178,13 +189,13 @@ def test_a_database_of_something_else(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("version", [0, 2, 99])
+@pytest.mark.parametrize("version", [0, 3, 99])
 def test_a_store_of_another_version(path: Path, version: int) -> None:
     ScoreStore(path).close()
     connection = sqlite3.connect(path)
     connection.execute(f"PRAGMA user_version = {version}")
     connection.close()
-    assert f"is a store of version {version}, this modelglue reads version 1. Choose another file." in refused(path)
+    assert f"is a store of version {version}, this modelglue reads version 2. Choose another file." in refused(path)
 
 
 def test_a_folder_or_a_missing_folder(tmp_path: Path) -> None:
@@ -213,17 +224,63 @@ def test_a_store_that_may_not_be_written(path: Path, monkeypatch: pytest.MonkeyP
     assert "cannot be used as a store of scores (attempt to write a readonly database)" in refused(path)
 
 
-def test_a_damaged_store(path: Path) -> None:
+def large_store(path: Path) -> bytearray:
     with ScoreStore(path) as store:
-        store.add("m", "", {f"{number:064}": 1.0 for number in range(1000)})
-    content = bytearray(path.read_bytes())
-    content[4096:] = b"\xaa" * (len(content) - 4096)
+        store.add("m", "", marks({f"{number:064}": 1.0 for number in range(1000)}))
+    return bytearray(path.read_bytes())
+
+
+@pytest.mark.parametrize("page", [1, 2, 12])
+def test_a_damaged_store(path: Path, page: int) -> None:
+    """One page of many is enough, and it is found before anything is written."""
+    content = large_store(path)
+    content[4096 * page : 4096 * (page + 1)] = b"\xaa" * 4096
     path.write_bytes(content)
+    assert re.search(r"this store of scores is damaged \(.+\)\. Nothing was written to it\. Restore it from a copy", refused(path))
+    assert path.read_bytes() == content
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_store_that_is_cut_off(path: Path) -> None:
+    content = large_store(path)[: 4096 * 9 + 100]
+    path.write_bytes(content)
+    assert "is damaged" in refused(path)
+    assert path.read_bytes() == content
+
+
+def test_a_store_that_is_damaged_while_it_is_open(path: Path) -> None:
+    content = large_store(path)
     with ScoreStore(path) as store:
-        with pytest.raises(UserError, match=f"{path}: cannot be used as a store of scores"):
-            store.known("m", ["x"])
-        with pytest.raises(UserError, match=f"{path}: cannot be used as a store of scores"):
-            store.counts()
+        path.write_bytes(content[:4096] + b"\xaa" * (len(content) - 4096))
+        for call in (lambda: store.known("m", ["x"]), store.counts, lambda: store.add("m", "", marks({"new": 1.0}))):
+            store._connection.execute("PRAGMA shrink_memory")  # forget the pages that were read
+            with pytest.raises(UserError, match=f"{path}: this store of scores is damaged"):
+                call()
+
+
+def test_a_store_of_version_1_keeps_its_scores(path: Path) -> None:
+    """It had values alone."""
+    connection = sqlite3.connect(path)
+    connection.executescript(
+        """CREATE TABLE models (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, description TEXT NOT NULL);
+        CREATE TABLE scores (model INTEGER NOT NULL REFERENCES models (id), item TEXT NOT NULL, value REAL, PRIMARY KEY (model, item))
+        WITHOUT ROWID;
+        INSERT INTO models VALUES (1, 'm', ''); INSERT INTO scores VALUES (1, 'x', 0.5);
+        PRAGMA application_id = 0x6D677363; PRAGMA user_version = 1;"""
+    )
+    connection.close()
+    for _ in range(2):
+        with ScoreStore(path) as store:
+            store.add("m", "", {"y": Mark(1.0, 0.25, "abc", 7)})
+            assert store.known("m", ["x", "y"]) == {"x": Mark(0.5), "y": Mark(1.0, 0.25, "abc", 7)}
+
+
+def test_a_mark_is_kept_whole(path: Path) -> None:
+    found = {"x": Mark(0.5, 1.25, None, 3), "y": Mark(0.0, None, "0123456789abcdef", 12), "z": Mark(1.0, math.inf)}
+    with ScoreStore(path) as store:
+        store.add("m", "", found)
+    with ScoreStore(path) as store:
+        assert store.known("m", list(found)) == found
 
 
 # -- no room ----------------------------------------------------------------------------------------------------------------------
@@ -249,7 +306,7 @@ def test_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
         def fill() -> None:
             for batch in batches:
-                store.add("m", "", batch)
+                store.add("m", "", marks(batch))
                 added.append(batch)
 
         with pytest.raises(RunError, match=f"{path}: scores cannot be written .*full.*Free some space and run it again") as caught:
@@ -299,10 +356,10 @@ def test_a_store_that_somebody_holds(path: Path, monkeypatch: pytest.MonkeyPatch
         holder = sqlite3.connect(path, isolation_level=None)
         holder.execute("BEGIN IMMEDIATE")
         with pytest.raises(RunError, match=r"scores cannot be written \(database is locked\)\. Wait for the process that holds it"):
-            store.add("m", "", {"x": 1.0})
+            store.add("m", "", marks({"x": 1.0}))
         holder.execute("ROLLBACK")
         holder.close()
-        store.add("m", "", {"x": 1.0})
+        store.add("m", "", marks({"x": 1.0}))
         assert store.counts() == (1, 1)
 
 

@@ -131,7 +131,7 @@ def test_requests_of_a_generation(tmp_path: Path) -> None:
     (request,) = item.requests
     assert request.generation is not None
     assert (request.continuation, request.generation.until, request.generation.max_new_tokens) == ("", ("\n",), 7)
-    assert [item.mark([reply]) for reply in (" dcba ", "dcba", "DCBA", "")] == [1.0, 1.0, 0.0, 0.0]
+    assert [item.mark([reply])[0] for reply in (" dcba ", "dcba", "DCBA", "")] == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_a_generation_without_settings_has_the_harness_defaults(tmp_path: Path) -> None:
@@ -145,10 +145,11 @@ def test_requests_of_a_choice(tmp_path: Path) -> None:
     write_task(tmp_path, kind=CHOICE, documents=[{**CHOICES[0], "choices": ["718", "4"]}])
     (item,) = items(tmp_path)
     assert [(request.context, request.continuation) for request in item.requests] == [(item.context, " 718"), (item.context, " 4")]
-    assert item.mark([(-2.0, False), (-1.0, True)]) == 0.0
-    assert items(tmp_path, "task:acc_norm")[0].mark([(-2.0, False), (-1.0, True)]) == 1.0
-    assert item.mark([(-1.0, True), (-2.0, False)]) == 1.0
-    value = item.mark([(float("nan"), False), (-1.0, True)])
+    assert item.mark([(-2.0, False), (-1.0, True)]) == (0.0, 2.0)
+    assert items(tmp_path, "task:acc_norm")[0].mark([(-2.0, False), (-1.0, True)]) == (1.0, 2.0)
+    assert item.mark([(-1.0, True), (-2.0, False)]) == (1.0, 1.0)
+    value, loss = item.mark([(float("nan"), False), (-1.0, True)])
+    assert loss is None
     assert value != value
 
 
@@ -156,7 +157,7 @@ def test_requests_of_a_likelihood(tmp_path: Path) -> None:
     write_task(tmp_path, kind=LIKELIHOOD)
     item = items(tmp_path, "task:acc")[0]
     assert [(request.context, request.continuation) for request in item.requests] == [("reverse: abcd =", "dcba")]
-    assert [item.mark([reply]) for reply in ((-0.1, True), (-0.1, False))] == [1.0, 0.0]
+    assert [item.mark([reply])[0] for reply in ((-0.1, True), (-0.1, False))] == [1.0, 0.0]
 
 
 def test_examples_before_every_question(tmp_path: Path) -> None:
@@ -170,7 +171,8 @@ def test_examples_before_every_question(tmp_path: Path) -> None:
 def test_values_of_any_number_type(tmp_path: Path, value: str) -> None:
     write_task(tmp_path, process_results="!function utils.mark")
     (tmp_path / "utils.py").write_text(f"import numpy\ndef mark(document, results):\n    return {{'exact_match': {value}}}\n")
-    found = items(tmp_path)[0].mark(["x"])
+    found, loss = items(tmp_path)[0].mark(["x"])
+    assert loss is None
     assert (found, type(found)) == (0.5, float)
 
 
@@ -178,7 +180,7 @@ def test_a_metric_that_fails_on_some_answer(tmp_path: Path) -> None:
     write_task(tmp_path, process_results="!function utils.mark")
     (tmp_path / "utils.py").write_text("def mark(document, results):\n    return {'exact_match': int(results[0] or 1)}\n")
     item = items(tmp_path)[1]
-    assert item.mark(["0"]) == 0.0
+    assert item.mark(["0"]) == (0.0, None)
     with pytest.raises(UserError, match=rf"task 'task': its metric fails on item {item.id}: ValueError\(.*'noon'\"\)\. Mend the task"):
         item.mark(["noon"])
     with pytest.raises(UserError, match=rf"its metric 'exact_match' gives 7 for item {item.id}; allowed is a number from 0 to 1"):
@@ -386,3 +388,48 @@ def test_the_committed_sets_are_disjoint(tmp_path: Path) -> None:
     write_tasks(tmp_path, items=400)
     skills = ("reverse", "larger")
     leak_check({split: TaskSet.load([f"{skill}_{split}" for skill in skills], tmp_path) for split in ("proxy", "confirmation", "test")})
+
+
+# -- losses and order -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_that_of_the_right_answer(tmp_path: Path) -> None:
+    """Nats; of a choice, of a continuation, of nothing where text is generated."""
+    write_task(tmp_path, "choice", CHOICE, CHOICES)
+    write_task(tmp_path, "likely", LIKELIHOOD)
+    write_task(tmp_path, "words")
+    write_task(tmp_path, "named", CHOICE, [{"prompt": "x", "choices": ["no", "yes"], "gold": "yes"}], doc_to_target="{{gold}}")
+    replies = [(-1.5, False), (-0.25, True)]
+    assert [item.mark(replies)[1] for item in items(tmp_path, "choice")] == [1.5 if c["gold"] == 0 else 0.25 for c in CHOICES]
+    assert items(tmp_path, "likely:acc")[0].mark(replies[:1])[1] == 1.5
+    assert items(tmp_path, "named")[0].mark(replies) == (1.0, 0.25)
+    assert items(tmp_path, "words")[0].mark(["x"])[1] is None
+    assert [items(tmp_path, name)[0].marker.gives_loss for name in ("choice", "likely:acc", "words")] == [True, True, False]
+
+
+def test_the_order_is_a_function_of_the_ids(tmp_path: Path) -> None:
+    """Whatever the order in the file, and whoever else is there."""
+    documents = [{"prompt": f"{number}", "answer": "x"} for number in range(40)]
+    write_task(tmp_path, "all", documents=documents)
+    write_task(tmp_path, "reversed", documents=documents[::-1])
+    write_task(tmp_path, "some", documents=documents[:20])
+    every, turned, some = (TaskSet.load([name], tmp_path).order[name] for name in ("all", "reversed", "some"))
+    ids = [item.id for item in items(tmp_path, "all")]
+    assert sorted(every) == sorted(ids)
+    assert list(every) != ids
+    assert every == turned
+    assert [name for name in every if name in some] == list(some)
+    places = [ids.index(name) for name in every]
+    assert 10 < sum(places[:20]) / 20 < 29, "a prefix is from everywhere"
+
+
+def test_items_are_chosen_by_name(tmp_path: Path) -> None:
+    write_task(tmp_path)
+    tasks = TaskSet.load(["task"], tmp_path)
+    first, second = tasks.order["task"][:2]
+    assert [item.id for item in tasks.chosen({"task": [second, first, second]})["task"]] == [second, first]
+    assert tasks.chosen(None) == dict(tasks.skills)
+    with pytest.raises(UserError, match=r"unknown task 'tasc'; the tasks are task\. Did you mean 'task'"):
+        tasks.chosen({"tasc": []})
+    with pytest.raises(UserError, match=r"task 'task' has no item 'nobody' \(1 of 2 are unknown\)"):
+        tasks.chosen({"task": [first, "nobody"]})

@@ -22,9 +22,10 @@ import yaml
 
 from modelglue.errors import UserError, did_you_mean
 from modelglue.evaluation.items import Generation, Item, Request
+from modelglue.evaluation.marking import HarnessMarker
 
 #: part of every item's key: raise it when the same replies would be marked otherwise, or requests be answered otherwise
-_VERSION = 1
+_VERSION = 2
 #: the harness's own defaults
 _MAX_NEW_TOKENS = 256
 _FEWSHOT_SEED = 1234
@@ -132,10 +133,23 @@ def _items(task: Any, metric: str | None, place: str) -> Iterator[Item]:
         requests = tuple(_request(instance, f"task '{name}'{place}") for instance in instances)
         document = _plain(instances[0].doc)
         key = _digest([marking, document, _reference(task, instances[0].doc), [dataclasses.astuple(request) for request in requests]])
-        item = Item(_digest([document])[:16], key, requests, task, tuple(instances), chosen)
+        marker = HarnessMarker(task, tuple(instances), chosen, _golds(task, instances[0].doc, len(requests)))
+        item = Item(_digest([document])[:16], key, requests, marker)
         if number == 0:  # a metric that cannot be used is found before any model is asked
             item.mark([(0.0, False) if request.generation is None else "" for request in requests])
         yield item
+
+
+def _golds(task: Any, document: Any, requests: int) -> tuple[int, ...]:
+    """Positions of the requests that ask for a right answer: what the loss is taken of. None where text is generated."""
+    if task.config.output_type != "multiple_choice":
+        return (0,) if task.config.output_type == "loglikelihood" else ()
+    gold = task.doc_to_text(document) if getattr(task, "multiple_input", 0) else task.doc_to_target(document)
+    choices = task.doc_to_choice(document)
+    chosen = [
+        choices.index(one) if isinstance(one, str) and one in choices else one for one in (gold if isinstance(gold, list) else [gold])
+    ]
+    return tuple(one for one in chosen if isinstance(one, int) and 0 <= one < min(requests, len(choices)))
 
 
 def _reference(task: Any, document: Any) -> Any:

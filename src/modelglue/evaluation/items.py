@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, TypeAlias
 
-import numpy as np
+from modelglue.models import Unanswered
 
-from modelglue.errors import UserError
+#: (log probability, is it the greedy continuation), or a text
+Reply: TypeAlias = object
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,31 @@ class Request:
     generation: Generation | None = None
 
 
+@dataclass(frozen=True)
+class Mark:
+    """What an answer is worth, and what the store keeps of it."""
+
+    value: float
+    """In [0, 1], larger is better; NaN where the model's numbers were none."""
+    loss: float | None = None
+    """Smaller is better, in nats or bits as the task says; None for tasks that have no loss."""
+    answer: str | None = None
+    """The first 16 hexadecimal digits of the SHA-256 of what was generated; None where nothing was."""
+    tokens: int = 0
+    """Token ids that were read and written for it."""
+
+
+class Marker(Protocol):
+    """How the answers to the items of one task are marked. Picklable where items shall be."""
+
+    @property
+    def gives_loss(self) -> bool:
+        """Whether items are marked with a loss besides the value."""
+
+    def mark(self, item: Item, replies: Sequence[Reply]) -> tuple[float, float | None]:
+        """(value, loss) of one item for the model's replies, in the order of its requests."""
+
+
 @dataclass(frozen=True, eq=False)
 class Item:
     """One question of a task, and how its answer is marked."""
@@ -39,9 +64,7 @@ class Item:
     key: str
     """SHA-256 of all that the value depends on besides the model."""
     requests: tuple[Request, ...]
-    _task: Any
-    _instances: tuple[Any, ...]
-    _metric: str
+    marker: Marker
 
     @property
     def context(self) -> str:
@@ -53,38 +76,11 @@ class Item:
         """What is asked, without who asks: equal questions may stand in documents that differ in a number or a name."""
         return tuple((request.context, request.continuation) for request in self.requests)
 
-    def mark(self, replies: Sequence[object]) -> float:
-        """The metric's value in [0, 1] for the model's replies, in the order of the requests; NaN if one of them is NaN.
+    def mark(self, replies: Sequence[Reply]) -> tuple[float, float | None]:
+        """(value in [0, 1], loss or None) for the model's replies, in the order of the requests; NaN if one of them is no number.
 
         Raises UserError naming task and item when the task's own code fails, or when its metric gives anything else for one item.
         """
-        if any(isinstance(reply, tuple) and reply[0] != reply[0] for reply in replies):
-            return math.nan
-        where = f"task '{self._task.task_name}'"
-        try:
-            found = self._results(replies)
-        except Exception as error:  # filters and metrics may be anybody's code
-            raise UserError(f"{where}: its metric fails on item {self.id}: {error!r}. Mend the task.") from error
-        if self._metric not in found:
-            raise UserError(f"{where}: gives no '{self._metric}', but {', '.join(found)}. Name one as TASK:METRIC in the task list.")
-        value = found[self._metric]
-        number = float(value) if isinstance(value, int | float | np.number | np.bool_) else math.nan
-        if not 0 <= number <= 1:
-            raise UserError(
-                f"{where}: its metric '{self._metric}' gives {value!r} for item {self.id}; "
-                "allowed is a number from 0 to 1 per item. Choose another metric as TASK:METRIC."
-            )
-        return number
-
-    def _results(self, replies: Sequence[object]) -> Mapping[str, Any]:
-        """All metrics of the task for one item, by the harness: filters first."""
-        instances = [
-            dataclasses.replace(instance, resps=[reply], filtered_resps={})
-            for instance, reply in zip(self._instances, replies, strict=True)
-        ]
-        pipeline = self._task._filters[0]
-        pipeline.apply(instances)
-        found: Mapping[str, Any] = self._task.process_results(
-            instances[0].doc, [instance.filtered_resps[pipeline.name] for instance in instances]
-        )
-        return found
+        if any(isinstance(reply, Unanswered) or (isinstance(reply, tuple) and reply[0] != reply[0]) for reply in replies):
+            return math.nan, None
+        return self.marker.mark(self, replies)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from modelglue.errors import UserError
+from modelglue.errors import UserError, did_you_mean
 from modelglue.evaluation.harness import load_skills
 from modelglue.evaluation.items import Item
 
@@ -48,6 +48,35 @@ class TaskSet:
         """SHA-256 (hex) over skills, ids and keys of all items."""
         content = [[skill, [[item.id, item.key] for item in items]] for skill, items in self.skills.items()]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @cached_property
+    def order(self) -> Mapping[str, tuple[str, ...]]:
+        """Skill -> item ids in a shuffled order that is a function of the ids alone: every prefix is a fair sample.
+
+        An item that is added to a set finds its place among the others; their order stays.
+        """
+        return {
+            skill: tuple(sorted((item.id for item in items), key=lambda name: hashlib.sha256(f"order {name}".encode()).digest()))
+            for skill, items in self.skills.items()
+        }
+
+    @cached_property
+    def _by_id(self) -> Mapping[str, Mapping[str, Item]]:
+        return {skill: {item.id: item for item in items} for skill, items in self.skills.items()}
+
+    def chosen(self, items: Mapping[str, Sequence[str]] | None) -> dict[str, tuple[Item, ...]]:
+        """Items by skill and id, in the order given; everything for None. UserError for a skill or an item that is not there."""
+        if items is None:
+            return dict(self.skills)
+        found: dict[str, tuple[Item, ...]] = {}
+        for skill, names in items.items():
+            if skill not in self._by_id:
+                raise UserError(f"plan: unknown task '{skill}'; the tasks are {', '.join(self.skills)}.{did_you_mean(skill, self.skills)}")
+            unknown = [name for name in names if name not in self._by_id[skill]]
+            if unknown:
+                raise UserError(f"plan: task '{skill}' has no item '{unknown[0]}' ({len(unknown)} of {len(names)} are unknown).")
+            found[skill] = tuple(self._by_id[skill][name] for name in dict.fromkeys(names))
+        return found
 
     def contexts(self, skill: str) -> list[str]:
         """What a router reads of every item of one skill."""

@@ -4,13 +4,14 @@ from modelglue.models.cached import batches
 from modelglue.models.forward import inference
 from modelglue.models.live import check_fit, load_into, load_live
 from modelglue.models.roles import Roles, decoder_layers, roles_of
-from modelglue.models.text import LiveTextModel, TextModel
+from modelglue.models.text import LiveTextModel, TextModel, Unanswered
 from modelglue.models.tokenizers import has_tokenizer, load_tokenizer
 
 __all__ = [
     "LiveTextModel",
     "Roles",
     "TextModel",
+    "Unanswered",
     "batches",
     "check_fit",
     "decoder_layers",

@@ -49,8 +49,10 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 def continue_rows(
     reader: CachedModel, rows: Sequence[list[int]], steps: Sequence[int], ends: Collection[int], stops: Stops
-) -> Iterator[tuple[int, list[int]]]:
-    """(place, ids written after the row), in no particular order: up to an end id or a stop string, and at most the row's `steps`.
+) -> Iterator[tuple[int, list[int], bool]]:
+    """(place, ids written after the row, whether the logits were numbers), in no particular order.
+
+    A row ends before an end id or with a stop string, at most `steps` of it are written, and none where logits are no numbers.
 
     What all rows begin with is read once. Memory: one batch of at most BATCH_POSITIONS positions.
     """
@@ -59,29 +61,33 @@ def continue_rows(
     for places in reader.batches(lengths):
         before = None if past is None else past.rows([0] * len(places))
         pieces, most = [rows[place][shared:] for place in places], [steps[place] for place in places]
-        yield from zip(places, _continue(reader, pieces, before, most, ends, stops), strict=True)
+        written, sound = _continue(reader, pieces, before, most, ends, stops)
+        yield from zip(places, written, sound, strict=True)
 
 
 def _continue(
     reader: CachedModel, rows: Sequence[list[int]], past: Past | None, steps: Sequence[int], ends: Collection[int], stops: Stops
-) -> list[list[int]]:
+) -> tuple[list[list[int]], list[bool]]:
     """One batch. Rows that have ended run on until enough of them can be taken out together."""
     import torch
 
     written: list[list[int]] = [[] for _ in rows]
+    sound = [True] * len(rows)
     batch = list(range(len(rows)))  # the row at each place of the batch
     running = set(batch)
     logits, past = reader.read(rows, past, keep=1)
     while True:
-        chosen = logits[:, -1].float().argmax(dim=-1)  # NaN wins every argmax: such rows end in nonsense, visibly
-        for row, token in zip(batch, chosen.tolist(), strict=True):
+        best, chosen = logits[:, -1].float().max(dim=-1)  # NaN wins, so the largest logit is finite only where none is NaN
+        for row, token, finite in zip(batch, chosen.tolist(), best.isfinite().tolist(), strict=True):
             if row in running:
-                if token not in ends:
+                if not finite:
+                    sound[row] = False
+                elif token not in ends:
                     written[row].append(token)
-                if token in ends or len(written[row]) == steps[row] or stops.reached(written[row]):
+                if not finite or token in ends or len(written[row]) == steps[row] or stops.reached(written[row]):
                     running.remove(row)
         if not running:
-            return written
+            return written, sound
         if reader.shareable and len(running) <= (1 - _ENDED_SHARE) * len(batch):
             kept = [place for place, row in enumerate(batch) if row in running]
             batch = [batch[place] for place in kept]

@@ -16,6 +16,12 @@ from modelglue.models.greedy import Stops, continue_rows, decode
 from modelglue.models.likelihood import Row, score_rows
 
 
+class Unanswered(str):
+    """The text of a row whose logits were no numbers: empty."""
+
+    __slots__ = ()
+
+
 class TextModel(Protocol):
     """Anything that scores and continues text: a model, or a mixture of models."""
 
@@ -24,7 +30,7 @@ class TextModel(Protocol):
         ...
 
     def generate(self, prompts: Sequence[str], *, until: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Greedy continuation of each prompt, cut before the first stop string."""
+        """Greedy continuation of each prompt, cut before the first stop string; `Unanswered` where the model's logits are no numbers."""
         ...
 
 
@@ -32,12 +38,14 @@ class LiveTextModel:
     """A transformers causal model with its tokenizer, on the CPU or wherever the model is.
 
     Log probabilities are NaN where the model's are; whoever scores decides what that means. Contexts longer than the model's limit
-    keep their end; `truncated` counts them. Raises CheckpointError for an id that the model has no embedding for.
+    keep their end; `truncated` counts them. `tokens` are the ids read and written for each row of the last call, pads and what rows share
+    counted as if every row were alone. Raises CheckpointError for an id that the model has no embedding for.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.truncated = 0
+        self.tokens: list[int] = []
         if model.config.is_encoder_decoder or not model.can_generate():
             raise CheckpointError(
                 f"{type(model).__name__}: does not continue texts token by token, so it can be neither scored nor asked. "
@@ -64,7 +72,9 @@ class LiveTextModel:
         the border counts to the continuation. Blanks at a context's end move to the continuation.
         """
         with inference(self.model):
-            return score_rows(self._reader, self._rows(pairs), self._vocabulary)
+            rows = self._rows(pairs)
+            self.tokens = [len(row.ids) for row in rows]
+            return score_rows(self._reader, rows, self._vocabulary)
 
     def generate(self, prompts: Sequence[str], *, until: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy, with the model's cache; a row stops at an end-of-text id or when its decoded text holds a stop string.
@@ -73,6 +83,7 @@ class LiveTextModel:
         asked for than fit behind it, fewer are written.
         """
         texts = [""] * len(prompts)
+        self.tokens = [0] * len(prompts)
         kept = max(self._limit - max_new_tokens, self._limit // 2, 1)
         encoded = self._encode(prompts) if max_new_tokens > 0 and self._limit > 1 else []
         self.truncated += sum(len(ids) > kept for ids in encoded)
@@ -81,8 +92,9 @@ class LiveTextModel:
         stops = Stops(self.tokenizer, until)
         ends = self._ends | {self._specials[stop] for stop in until if stop in self._specials}  # decoded text does not show these
         with inference(self.model):
-            for place, ids in continue_rows(self._reader, rows, steps, ends, stops):
-                texts[place] = stops.cut(decode(self.tokenizer, ids))
+            for place, ids, sound in continue_rows(self._reader, rows, steps, ends, stops):
+                texts[place] = stops.cut(decode(self.tokenizer, ids)) if sound else Unanswered()
+                self.tokens[place] = len(rows[place]) + len(ids)
         return texts
 
     def _rows(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:

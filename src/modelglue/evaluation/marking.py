@@ -1,0 +1,59 @@
+"""Answers marked by lm-evaluation-harness: its filters and its metric, one item at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from modelglue.errors import UserError
+from modelglue.evaluation.items import Item, Reply
+
+
+@dataclass(frozen=True)
+class HarnessMarker:
+    """One document of a harness task: `golds` are the positions of the requests whose continuation is right."""
+
+    task: Any
+    instances: tuple[Any, ...]
+    metric: str
+    golds: tuple[int, ...] = ()
+
+    @property
+    def gives_loss(self) -> bool:
+        return bool(self.golds)
+
+    def mark(self, item: Item, replies: Sequence[Reply]) -> tuple[float, float | None]:
+        """The metric's value, and the negative log likelihood (nats) of the right answer, of the likeliest where there are several."""
+        where = f"task '{self.task.task_name}'"
+        try:
+            found = self._results(replies)
+        except Exception as error:  # filters and metrics may be anybody's code
+            raise UserError(f"{where}: its metric fails on item {item.id}: {error!r}. Mend the task.") from error
+        if self.metric not in found:
+            raise UserError(f"{where}: gives no '{self.metric}', but {', '.join(found)}. Name one as TASK:METRIC in the task list.")
+        value = found[self.metric]
+        number = float(value) if isinstance(value, int | float | np.number | np.bool_) else math.nan
+        if not 0 <= number <= 1:
+            raise UserError(
+                f"{where}: its metric '{self.metric}' gives {value!r} for item {item.id}; "
+                "allowed is a number from 0 to 1 per item. Choose another metric as TASK:METRIC."
+            )
+        losses = [-reply[0] for reply in (replies[gold] for gold in self.golds) if isinstance(reply, tuple)]
+        return number, min(losses, default=None)
+
+    def _results(self, replies: Sequence[Reply]) -> Mapping[str, Any]:
+        """All metrics of the task for one item, by the harness: filters first."""
+        instances = [
+            dataclasses.replace(instance, resps=[reply], filtered_resps={}) for instance, reply in zip(self.instances, replies, strict=True)
+        ]
+        pipeline = self.task._filters[0]
+        pipeline.apply(instances)
+        found: Mapping[str, Any] = self.task.process_results(
+            instances[0].doc, [instance.filtered_resps[pipeline.name] for instance in instances]
+        )
+        return found
