@@ -214,6 +214,39 @@ def test_faults_of_an_entry(entry: str, expected: str, tmp_path: Path) -> None:
     assert faults(tmp_path, f"method: linear\nmodels:\n  - {entry}") == [f"r.yaml:3: {expected}"]
 
 
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ("tokenizer: {source: 5}", "tokenizer.source: is 5, allowed is 'union' or 'base'."),
+        ("tokenizer: {source: b}", "tokenizer.source: 'b' is no model of this recipe. Its models: a."),
+        ("tokenizer: {tokens: {x: {source: q}}}", "tokenizer.tokens.x.source: 'q' is no model of this recipe. Its models: a."),
+        (
+            "tokenizer: {tokens: {x: {source: {model: a, tokn: y}}}}",
+            "tokenizer.tokens.x.source.tokn: unknown key. Did you mean 'token' or 'token_id'? Allowed: model, token, token_id.",
+        ),
+        (
+            "tokenizer: {tokens: {x: {source: {model: a, token: y, token_id: 3}}}}",
+            "tokenizer.tokens.x.source: names a token and a token_id; give one of them.",
+        ),
+        ("into: {model: a}", "into.part: is required and missing."),
+        ("into: {model: a, part: 5}", "into.part: is 5, allowed is text (put quotes around it if it is meant as text)."),
+        (
+            "slices: [{models: [{model: a, layers: [0, 1], weight: 1}]}]",
+            "slices: stands beside models; a recipe has one of models, slices, modules.",
+        ),
+        (
+            "base: {model: a, layers: [0, 1]}",
+            "base.layers: stands above all slices; give the layers of the base inside the slice, as its base.",
+        ),
+        ("modules: {x: {}}", "modules: stands beside models; a recipe has one of models, slices, modules."),
+        ("missing: skip", "missing: is 'skip', allowed is 'error', 'present' or 'drop'."),
+    ],
+)
+def test_faults_of_the_rest(more: str, expected: str, tmp_path: Path) -> None:
+    found = faults(tmp_path, f"method: linear\n{LINEAR}{more}")
+    assert found[0] == f"r.yaml:4: {expected}"
+
+
 def test_ranges_name_the_entry_even_if_a_model_stands_there_twice(tmp_path: Path) -> None:
     text = """\
 method: ties

@@ -317,5 +317,7 @@ def _known_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[s
                 children += open_(node["items"]) if "items" in node else []
             elif part in node.get("properties", {}):
                 children += open_(node["properties"][part])
+            elif isinstance(node.get("additionalProperties"), dict):
+                children += open_(node["additionalProperties"])
         nodes = children or nodes
     return list(dict.fromkeys(key for node in nodes for key in node.get("properties", {})))

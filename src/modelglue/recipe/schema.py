@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 
 from modelglue.recipe.document import Document, Place
 
@@ -68,7 +68,10 @@ Base = Annotated[
     Discriminator(_kind_of_input),
 ]
 #: a part of a model: the prefix of its tensors' names, or prefixes and what they become
-PartOf = Annotated[str, Field(min_length=1)] | Annotated[dict[str, str], Field(min_length=1)]
+PartOf = Annotated[
+    Annotated[str, Field(min_length=1), Tag("a prefix")] | Annotated[dict[str, str], Field(min_length=1), Tag("prefixes")],
+    Discriminator(lambda value: "prefixes" if isinstance(value, dict) else "a prefix"),
+]
 #: layers a to b - 1
 Layers = Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=2, max_length=2)]
 
@@ -123,6 +126,11 @@ class Into(_Part):
     part: PartOf
 
 
+def _model_unless(*words: str) -> BeforeValidator:
+    """Any other text is the reference of a model."""
+    return BeforeValidator(lambda value: {"model": value} if isinstance(value, str) and value not in words else value)
+
+
 class TokenSource(_Part):
     """A row of a model's embedding: that of the same token, of another one, or of a number."""
 
@@ -131,23 +139,33 @@ class TokenSource(_Part):
     token_id: Annotated[int, Field(ge=0, strict=True)] | None = None
 
 
-class TokenRule(_Part):
-    """What stands in for a token in the models that lack it; with `force`, in all models."""
-
-    source: Literal["zero"] | TokenSource | None = None
-    force: bool = False
-
-
 class VocabularyOf(_Part):
     """The vocabulary of one model."""
 
     model: Annotated[str, Field(min_length=1)]
 
 
+def _kind_of_source(value: Any) -> str:
+    return "a model" if isinstance(value, dict | TokenSource | VocabularyOf) else "a word"
+
+
+_Zero = Annotated[Literal["zero"], Tag("a word")]
+_Row = Annotated[TokenSource, Tag("a model")]
+_Which = Annotated[Literal["union", "base"], Tag("a word")]
+_Model = Annotated[VocabularyOf, Tag("a model")]
+
+
+class TokenRule(_Part):
+    """What stands in for a token in the models that lack it; with `force`, in all models."""
+
+    source: Annotated[Annotated[_Zero | _Row, Discriminator(_kind_of_source)] | None, _model_unless("zero")] = None
+    force: bool = False
+
+
 class Tokenizer(_Part):
     """The output's vocabulary, to which all models are aligned."""
 
-    source: Literal["union", "base"] | VocabularyOf = "union"
+    source: Annotated[_Which | _Model, Discriminator(_kind_of_source), _model_unless("union", "base")] = "union"
     tokens: dict[str, TokenRule] = {}
     pad_to_multiple_of: Annotated[int, Field(ge=1, strict=True)] | None = None
 
