@@ -2,7 +2,8 @@
 
 Scores are non-negative and compared as the integers that their float32 bits are (they order the same way). A sample brackets the k-th
 largest; one pass counts what is above the bracket and keeps what is inside. Where the bracket missed, which is rare, a second pass looks on
-the other side of it.
+the other side of it. Where more would be kept than memory should hold (some 500 million scores and more), the first pass counts what is
+inside in bins, and the second keeps what is in the bin of the k-th.
 """
 
 from __future__ import annotations
@@ -27,6 +28,18 @@ _SAMPLE_RANGES = 256
 #: tensors up to here are counted without a bracket
 _SMALL = 2**18
 _LARGEST_BITS = 2**31 - 1
+#: scores of one lane that may be kept until they are counted: where a bracket holds more, the first pass counts them in bins
+_MOST_KEPT = 2**22
+_BINS = 2**16
+
+
+@dataclass(frozen=True)
+class _Bracket:
+    """Bits from `low` to `high`; `binned` if it holds too many to keep them."""
+
+    low: int
+    high: int
+    binned: bool
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ class Thresholds:
     """Per lane the threshold, or a bracket to look for it in once more, or neither where none is sought."""
 
     found: tuple[Threshold | None, ...]
-    brackets: tuple[tuple[int, int] | None, ...]
+    brackets: tuple[_Bracket | None, ...]
 
 
 @dataclass(frozen=True)
@@ -66,8 +79,8 @@ class Selection:
         """The rounds of which the last gives the `Thresholds`. Inputs are read about once."""
         return (
             Round(self._gather_sample, self._bracket, scope, self._sample_ranges),
-            Round(self._gather_inside, self._count, scope),
-            Round(self._gather_inside, self._recount, scope, _recount_ranges),
+            Round(self._gather_inside, self._count, scope, fold=_joined),
+            Round(self._gather_inside, self._recount, scope, _recount_ranges, fold=_joined),
         )
 
     def bits(self, models: Any, base: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> list[Bits | None]:
@@ -84,16 +97,16 @@ class Selection:
     def _gather_sample(self, models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> Any:
         return self.bits(models, base, known, start, parameters)
 
-    def _bracket(self, partials: Sequence[Any], known: Any, numel: int, parameters: Mapping[str, Any]) -> list[tuple[int, int] | None]:
+    def _bracket(self, partials: Sequence[Any], known: Any, numel: int, parameters: Mapping[str, Any]) -> list[_Bracket | None]:
         """Per lane, bits between which the k-th largest almost surely lies; everything when there was no sample."""
         import numpy as np
 
-        brackets: list[tuple[int, int] | None] = []
+        brackets: list[_Bracket | None] = []
         for lane, rank in enumerate(self.ranks(known, numel, parameters)):
             if rank is None:
                 brackets.append(None)
                 continue
-            low, high = 0, _LARGEST_BITS
+            low, high, inside = 0, _LARGEST_BITS, 1.0
             if partials:
                 sample = np.concatenate([partial[lane] for partial in partials])
                 share = rank / numel
@@ -104,27 +117,33 @@ class Selection:
                 sample.partition(places)
                 low = int(sample[places[0]]) if middle - slack >= 1 else low
                 high = int(sample[places[-1]]) if middle + slack < len(sample) else high
-            brackets.append((low, high))
+                inside = float(np.count_nonzero((sample >= low) & (sample <= high))) / len(sample)
+            brackets.append(_Bracket(low, high, inside * numel > _MOST_KEPT))
         return brackets
 
     def _gather_inside(self, models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> Any:
         brackets = known[-1].brackets if isinstance(known[-1], Thresholds) else known[-1]
         lanes = self.bits(models, base, known, start, parameters)
-        found: list[_Inside | None] = []
-        for bits, bracket in zip(lanes, brackets, strict=True):
-            found.append(None if bits is None or bracket is None else _inside(bits, bracket, start))
-        return found
+        return [
+            None if bits is None or bracket is None else _binned(bits, bracket) if bracket.binned else [_inside(bits, bracket, start)]
+            for bits, bracket in zip(lanes, brackets, strict=True)
+        ]
 
     def _count(self, partials: Sequence[Any], known: Sequence[Any], numel: int, parameters: Mapping[str, Any]) -> Thresholds:
-        """Find every lane's threshold; a lane whose bracket missed it gets a bracket that cannot."""
+        """Find every lane's threshold; a lane whose bracket missed it gets a bracket that cannot, a binned one the bin that it is in."""
         found: list[Threshold | None] = []
-        brackets: list[tuple[int, int] | None] = []
+        brackets: list[_Bracket | None] = []
         for lane, rank in enumerate(self.ranks(known, numel, parameters)):
-            threshold = None if rank is None else _threshold([partial[lane] for partial in partials], rank)
-            found.append(threshold if isinstance(threshold, Threshold) else None)
-            low, high = known[-1][lane] or (0, 0)
-            missed = {"above": (high + 1, _LARGEST_BITS), "below": (0, low - 1)}
-            brackets.append(missed[threshold] if isinstance(threshold, str) else None)
+            threshold, bracket = None, None
+            if rank is not None:
+                low, high = known[-1][lane].low, known[-1][lane].high
+                of_lane = partials[0][lane] if partials else []
+                answer = _bin(of_lane, known[-1][lane], rank) if isinstance(of_lane, _Binned) else _threshold(of_lane, rank)
+                missed = {"above": _Bracket(high + 1, _LARGEST_BITS, False), "below": _Bracket(0, low - 1, False)}
+                threshold = answer if isinstance(answer, Threshold) else None
+                bracket = missed[answer] if isinstance(answer, str) else answer if isinstance(answer, _Bracket) else None
+            found.append(threshold)
+            brackets.append(bracket)
         return Thresholds(tuple(found), tuple(brackets))
 
     def _recount(self, partials: Sequence[Any], known: Sequence[Any], numel: int, parameters: Mapping[str, Any]) -> Thresholds:
@@ -133,7 +152,7 @@ class Selection:
         for lane, bracket in enumerate(known[-1].brackets):
             rank = ranks[lane]
             if bracket is not None and rank is not None:
-                threshold = _threshold([partial[lane] for partial in partials], rank)
+                threshold = _threshold(partials[0][lane], rank)
                 assert isinstance(threshold, Threshold)
                 found[lane] = threshold
         return Thresholds(tuple(found), (None,) * len(found))
@@ -177,10 +196,54 @@ class _Inside:
     counts: Any
 
 
-def _inside(bits: Bits, bracket: tuple[int, int], start: int) -> _Inside:
+@dataclass
+class _Binned:
+    """One lane's scores that lie above the bracket, and those inside, counted in bins of equal width."""
+
+    above: int
+    counts: Any
+
+
+def _width(bracket: _Bracket) -> int:
+    return (bracket.high - bracket.low) // _BINS + 1
+
+
+def _binned(bits: Bits, bracket: _Bracket) -> _Binned:
     import numpy as np
 
-    low, high = bracket
+    inside = bits[(bits >= bracket.low) & (bits <= bracket.high)]
+    counts = np.bincount((inside - bracket.low) // _width(bracket), minlength=_BINS)
+    return _Binned(int(np.count_nonzero(bits > bracket.high)), counts)
+
+
+def _bin(binned: _Binned, bracket: _Bracket, k: int) -> _Bracket | Literal["above", "below"]:
+    """The bin of the k-th largest, or on which side of the bracket it lies."""
+    import numpy as np
+
+    rank = k - binned.above
+    if rank <= 0:
+        return "above"
+    place = int(np.searchsorted(binned.counts[::-1].cumsum(), rank))
+    if place >= _BINS:
+        return "below"
+    low = bracket.low + (_BINS - 1 - place) * _width(bracket)
+    return _Bracket(low, min(low + _width(bracket) - 1, bracket.high), False)
+
+
+def _joined(before: list[Any], after: list[Any]) -> list[Any]:
+    """The shares of two stretches, one after the other, as one; the first is changed."""
+    for lane, (one, other) in enumerate(zip(before, after, strict=True)):
+        if isinstance(one, _Binned):
+            before[lane] = _Binned(one.above + other.above, one.counts + other.counts)
+        elif one is not None:
+            one.extend(other)
+    return before
+
+
+def _inside(bits: Bits, bracket: _Bracket, start: int) -> _Inside:
+    import numpy as np
+
+    low, high = bracket.low, bracket.high
     above = int(np.count_nonzero(bits > high)) if high < _LARGEST_BITS else 0
     # one unsigned comparison for low <= bits <= high
     values = bits if low == 0 and high == _LARGEST_BITS else bits[(bits - low).view(np.uint32) <= np.uint32(high - low)]
