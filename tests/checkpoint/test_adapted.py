@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from safetensors.torch import save_file
 
 from modelglue.checkpoint import Checkpoint, SafetensorsCheckpoint, TensorsCheckpoint, open_checkpoint, save
 from modelglue.checkpoint.adapted import AdaptedCheckpoint, open_adapted
-from modelglue.checkpoint.adapter import open_adapter
+from modelglue.checkpoint.adapter import AdapterConfig, open_adapter
+from modelglue.checkpoint.adapter.config import Patterns
 from modelglue.errors import CheckpointError, UserError
 from tests.adapters.on_disk import PREFIX, linear, update, write_adapter, write_config
 from tests.checkpoint.files import randn, write_single
@@ -72,6 +74,26 @@ def test_scales(tmp_path: Path, config: dict[str, Any], scale: float) -> None:
     (factors,) = adapted.factors(f"{Q}.weight")
     assert torch.equal(factors.A, tensors[f"{Q}.lora_A.weight"])
     assert (factors.scale, adapted.factors(f"{V}.weight")) == (scale, [])
+
+
+_NAMES = st.lists(st.sampled_from(["a", "b", "layers", "1", "11", "q_proj"]), min_size=1, max_size=4).map(".".join)
+_PATTERNS = _NAMES | st.sampled_from([r"q_pro.", r".*1", r"a|b", r"layers\.\d+\.q_proj", r"(?:a|layers)\.1"])
+
+
+@given(patterns=st.lists(_PATTERNS, max_size=8, unique=True), module=_NAMES)
+@settings(max_examples=30, deadline=None)
+def test_the_first_pattern_that_fits_the_end_of_a_name_decides(patterns: list[str], module: str) -> None:
+    expected = next((place for place, key in enumerate(patterns) if re.match(rf"(.*\.)?({key})$", module)), -1)
+    assert Patterns({key: float(place) for place, key in enumerate(patterns)}).first(module, -1.0) == expected
+
+
+@given(saved=st.lists(_NAMES, max_size=4), name=_NAMES)
+@settings(max_examples=30, deadline=None)
+def test_a_tensor_is_saved_with_any_module_around_it(saved: list[str], name: str) -> None:
+    parts = name.split(".")
+    around = [".".join(parts[:end]) for end in range(1, len(parts))]
+    expected = any(f".{module}".endswith(f".{one}") for module in around for one in saved)
+    assert AdapterConfig(modules_to_save=saved).is_saved(name) is expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

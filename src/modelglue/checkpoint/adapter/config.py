@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ CONFIG_FILE = "adapter_config.json"
 #: our own key: how a square expert parameter is stored, where its shape cannot tell
 LAYOUT_KEY = "modelglue_expert_layout"
 LAYOUTS = ("out_in", "in_out")
+_PLAIN = re.compile(r"[\w.-]+")
 
 #: settings under which the adapter is no update of the base that it is given -> why
 _REFUSED = {
@@ -40,14 +42,48 @@ _IRRELEVANT = frozenset({
 })  # fmt: skip
 
 
+class Patterns(dict[str, float]):
+    """Module patterns -> numbers: regular expressions for the end of a module's name; the first in the file that fits decides.
+
+    Plain names are looked up, because a file may name every module of a model; a dot in one is a dot. Time O(parts of the name +
+    expressions), whatever the number of names.
+    """
+
+    def first(self, module: str, otherwise: float) -> float:
+        found = [self._plain[ending] for ending in _endings(module.split(".")) if ending in self._plain]
+        place = min(found, default=len(self))
+        for number, pattern in self._expressions:
+            if number > place:
+                break
+            if pattern.match(module):
+                place = number
+        return self._numbers[place] if place < len(self) else otherwise
+
+    @cached_property
+    def _plain(self) -> dict[str, int]:
+        return {key: number for number, key in enumerate(self) if _PLAIN.fullmatch(key)}
+
+    @cached_property
+    def _expressions(self) -> list[tuple[int, re.Pattern[str]]]:
+        return [(number, _expression(key)) for number, key in enumerate(self) if not _PLAIN.fullmatch(key)]
+
+    @cached_property
+    def _numbers(self) -> list[float]:
+        return list(self.values())
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """The settings that decide what an adapter's tensors mean, with PEFT's defaults for what is not said."""
 
     r: int = 8
     lora_alpha: float = 8
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Patterns = field(default_factory=lambda: Patterns())
+    alpha_pattern: Patterns = field(default_factory=lambda: Patterns())
     use_rslora: bool = False
     use_dora: bool = False
     fan_in_fan_out: bool = False
@@ -63,19 +99,22 @@ class AdapterConfig:
 
     def rank(self, module: str) -> int:
         """The rank that the config gives a module: the first fitting key of `rank_pattern`, else `r`."""
-        return int(_by_pattern(self.rank_pattern, module, self.r))
+        return int(self.rank_pattern.first(module, self.r))
 
     def scale(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
         rank = self.rank(module)
-        alpha = float(_by_pattern(self.alpha_pattern, module, self.lora_alpha))
+        alpha = float(self.alpha_pattern.first(module, self.lora_alpha))
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def is_saved(self, name: str) -> bool:
         """Whether tensor `name` belongs to a module of `modules_to_save`."""
         parts = name.split(".")
-        heads = [".".join(parts[:end]) for end in range(1, len(parts))]
-        return any(head == module or head.endswith(f".{module}") for head in heads for module in self.modules_to_save)
+        return any(ending in self._saved for end in range(1, len(parts)) for ending in _endings(parts[:end]))
+
+    @cached_property
+    def _saved(self) -> frozenset[str]:
+        return frozenset(self.modules_to_save)
 
     def tokens(self, module: str) -> Sequence[int] | None:
         """The rows that the trained tokens of an embedding module replace; None if the config names no such module."""
@@ -88,12 +127,9 @@ class AdapterConfig:
         return None
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
-    """The value of the first pattern, in the order of the file, that matches the end of the module's name."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return otherwise
+def _endings(parts: Sequence[str]) -> list[str]:
+    """a.b.c, b.c, c."""
+    return [".".join(parts[begin:]) for begin in range(len(parts))]
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -170,9 +206,10 @@ def _typed(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for key in ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"):
         values[key] = take(key, "true or false", lambda value: isinstance(value, bool), False)
     for key in ("rank_pattern", "alpha_pattern"):
+        values[key] = Patterns(values[key])
         for pattern in values[key]:
             try:
-                re.compile(rf"(.*\.)?({pattern})$")
+                _PLAIN.fullmatch(pattern) or _expression(pattern)
             except re.error as error:
                 faults.append(f"{key} holds {shown(pattern)}, which is no regular expression ({error}).")
     return values, faults

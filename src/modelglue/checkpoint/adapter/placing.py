@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -111,8 +112,7 @@ class _Placing:
                 f"{adapter.path}: its modules are called otherwise in the base: '{missing[0]}' is taken for '{called[missing[0]]}'"
                 + (f", and {len(missing) - 1} more likewise." if len(missing) > 1 else ".")
             )
-        places = list(called.values())
-        if twice := sorted({place for place in places if places.count(place) > 1}) if missing else []:
+        if twice := sorted(place for place, count in Counter(called.values()).items() if count > 1) if missing else []:
             raise CheckpointError(f"{adapter.path}: adapts '{twice[0]}' of the base under two names. Rename the adapter's tensors.")
         return called
 
