@@ -9,12 +9,14 @@ import pytest
 
 import modelglue.search
 from modelglue.recipe import Candidate, Scores
-from modelglue.search import AverageSearch, CoefficientSearch, Ranking, Rule, Searcher
-from modelglue.search.strategies import in_order
+from modelglue.search import AverageSearch, CoefficientSearch, Ranking, Rule
+from modelglue.search.ranking import outcome_of
+from modelglue.search.searcher import Outcome
+from modelglue.search.strategies import Strategy, in_order
 
 
-def scores(value: float) -> Scores:
-    return Scores({"task": {"0": value}})
+def scores(value: float) -> Outcome:
+    return outcome_of(Candidate.single("x"), Scores({"task": {"0": value}}))
 
 
 RANKING = Ranking({"a": scores(0.4), "b": scores(0.6), "c": scores(0.5)})
@@ -26,7 +28,7 @@ def test_ranking() -> None:
 
 
 def test_average_asks_one_at_a_time_and_keeps_the_zoo_order() -> None:
-    searcher: Searcher = AverageSearch(RANKING, Rule())
+    searcher: Strategy = AverageSearch(RANKING, Rule())
     assert searcher.ask() == [Candidate.linear({"b": 1, "c": 1})]
     assert searcher.ask() == searcher.ask()
     searcher.tell([scores(0.6)])
@@ -41,7 +43,7 @@ def test_average_asks_one_at_a_time_and_keeps_the_zoo_order() -> None:
 
 
 def test_coefficient_asks_for_a_whole_grid() -> None:
-    searcher: Searcher = CoefficientSearch(RANKING, Rule(), [0.8, 0.5], in_order)
+    searcher: Strategy = CoefficientSearch(RANKING, Rule(), [0.8, 0.5], in_order)
     asked = searcher.ask()
     assert [candidate.members for candidate in asked] == [("b", "c"), ("b", "c")]
     assert [candidate.weights for candidate in asked] == [pytest.approx((0.5, 0.5)), pytest.approx((0.8, 0.2))]

@@ -3,19 +3,20 @@
 Candidates out, scores in; no tensor is ever touched.
 """
 
+from modelglue.search.heuristics import STRATEGIES, HeuristicSearch
 from modelglue.search.ranking import Ranking, Rule
-from modelglue.search.select import STRATEGIES, SelectResult, select
+from modelglue.search.select import SelectResult, select
 from modelglue.search.selection import Round, Selection
-from modelglue.search.strategies import AverageSearch, CoefficientSearch, Searcher
+from modelglue.search.strategies import AverageSearch, CoefficientSearch
 
 __all__ = [
     "STRATEGIES",
     "AverageSearch",
     "CoefficientSearch",
+    "HeuristicSearch",
     "Ranking",
     "Round",
     "Rule",
-    "Searcher",
     "SelectResult",
     "Selection",
     "select",
