@@ -72,3 +72,13 @@ def test_merge_is_the_same_whether_kept_or_binned(scope: str, monkeypatch: pytes
     monkeypatch.setattr(_order_statistics, "_MOST_KEPT", 0)
     found = tensors_of(merge_of(zoo, "ties", trim_scope=scope))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("bracket", [(0, 2**31 - 1), (0, 1065353216), (1056964608, 1065353216), (1065353216, 2**31 - 1), (7, 7)])
+def test_a_device_divides_as_the_processor_does(bracket: tuple[int, int]) -> None:
+    values = torch.cat([randn(3000).abs(), torch.tensor([0.0, 0.5, 1.0, 1.0, 3e38])])
+    given = _order_statistics._Bracket(*bracket, False)
+    above, inside = _order_statistics._divided(values, given)
+    there = _order_statistics._divided_there(values, given)
+    assert (there[0], there[1].tolist()) == (above, inside.tolist())
+    assert above + len(inside) + int((values.view(torch.int32) < bracket[0]).sum()) == len(values)

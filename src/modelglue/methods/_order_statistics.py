@@ -123,10 +123,10 @@ class Selection:
 
     def _gather_inside(self, models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> Any:
         brackets = known[-1].brackets if isinstance(known[-1], Thresholds) else known[-1]
-        lanes = self.bits(models, base, known, start, parameters)
+        lanes = self.scores(models, base, known, start, parameters)
         return [
-            None if bits is None or bracket is None else _binned(bits, bracket) if bracket.binned else [_inside(bits, bracket, start)]
-            for bits, bracket in zip(lanes, brackets, strict=True)
+            None if lane is None or bracket is None else _binned(lane, bracket) if bracket.binned else [_inside(lane, bracket, start)]
+            for lane, bracket in zip(lanes, brackets, strict=True)
         ]
 
     def _count(self, partials: Sequence[Any], known: Sequence[Any], numel: int, parameters: Mapping[str, Any]) -> Thresholds:
@@ -208,12 +208,11 @@ def _width(bracket: _Bracket) -> int:
     return (bracket.high - bracket.low) // _BINS + 1
 
 
-def _binned(bits: Bits, bracket: _Bracket) -> _Binned:
+def _binned(scores: Tensor, bracket: _Bracket) -> _Binned:
     import numpy as np
 
-    inside = bits[(bits >= bracket.low) & (bits <= bracket.high)]
-    counts = np.bincount((inside - bracket.low) // _width(bracket), minlength=_BINS)
-    return _Binned(int(np.count_nonzero(bits > bracket.high)), counts)
+    above, inside = _divided(scores, bracket)
+    return _Binned(above, np.bincount((inside - bracket.low) // _width(bracket), minlength=_BINS))
 
 
 def _bin(binned: _Binned, bracket: _Bracket, k: int) -> _Bracket | Literal["above", "below"]:
@@ -240,17 +239,35 @@ def _joined(before: list[Any], after: list[Any]) -> list[Any]:
     return before
 
 
-def _inside(bits: Bits, bracket: _Bracket, start: int) -> _Inside:
+def _inside(scores: Tensor, bracket: _Bracket, start: int) -> _Inside:
+    import numpy as np
+
+    above, values = _divided(scores, bracket)
+    counts = None
+    if len(values) > len(scores) // 64:
+        values, counts = np.unique(values, return_counts=True)
+    return _Inside(start, start + len(scores), above, values, counts)
+
+
+def _divided(scores: Tensor, bracket: _Bracket) -> tuple[int, Bits]:
+    """How many scores lie above the bracket, and the bits of those inside. From a device only these come; here masks of numpy are cheap."""
     import numpy as np
 
     low, high = bracket.low, bracket.high
+    if scores.device.type != "cpu":
+        return _divided_there(scores, bracket)
+    bits = bits_of(scores)
     above = int(np.count_nonzero(bits > high)) if high < _LARGEST_BITS else 0
     # one unsigned comparison for low <= bits <= high
-    values = bits if low == 0 and high == _LARGEST_BITS else bits[(bits - low).view(np.uint32) <= np.uint32(high - low)]
-    counts = None
-    if len(values) > len(bits) // 64:
-        values, counts = np.unique(values, return_counts=True)
-    return _Inside(start, start + len(bits), above, values, counts)
+    return above, bits if low == 0 and high == _LARGEST_BITS else bits[(bits - low).view(np.uint32) <= np.uint32(high - low)]
+
+
+def _divided_there(scores: Tensor, bracket: _Bracket) -> tuple[int, Bits]:
+    import torch
+
+    bits = scores.to(torch.float32).view(torch.int32)
+    inside: Bits = bits[(bits >= bracket.low) & (bits <= bracket.high)].cpu().numpy()
+    return int((bits > bracket.high).sum()), inside
 
 
 def _threshold(chunks: Sequence[_Inside], k: int) -> Threshold | Literal["above", "below"]:
