@@ -96,11 +96,11 @@ def _records(path: Path, stream: BinaryIO, text: bytes, count: int, limit: int) 
         if position + _RECORD.size > len(text):
             raise _bad(path, "has a zip directory that is cut off")
         magic, _, _, flags, method, _, _, crc, packed, plain, *lengths, _, _, _, offset = _RECORD.unpack_from(text, position)
-        after = position + _RECORD.size + sum(lengths)
+        begin = position + _RECORD.size
+        after = begin + sum(lengths)
         if magic != b"PK\1\2" or after > len(text):
             raise _bad(path, "has a zip directory that is damaged")
-        raw = text[position + _RECORD.size :][: lengths[0]]
-        extra = text[position + _RECORD.size + lengths[0] :][: lengths[1]]
+        raw, extra = text[begin : begin + lengths[0]], text[begin + lengths[0] : begin + lengths[0] + lengths[1]]
         name = _name(path, raw)
         if name in found:
             raise _bad(path, f"has two records {shown(name)}")
