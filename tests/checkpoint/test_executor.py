@@ -32,6 +32,12 @@ def test_unknown_executor_is_refused_before_anything_is_written(text: str, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_cluster_and_device_do_not_go_together(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(UserError, match=r"^device 'cpu:sim' and executor 'ray' do not go together: workers of a cluster compute on"):
+        save(merge_of(write_zoo(tmp_path / "zoo")), tmp_path / "out", executor="ray", device="cpu:sim")
+
+
 def test_without_ray_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     for text in ("ray", "ray://head:10001"):

@@ -16,6 +16,7 @@ from modelglue.checkpoint.memory import WORKER_BYTES, Division, divide
 from modelglue.checkpoint.plan import Plan, Task
 from modelglue.checkpoint.protocol import Checkpoint
 from modelglue.checkpoint.workers import run_tasks
+from modelglue.errors import UserError
 from modelglue.settings import SMALL_OUTPUT_BYTES, default_workers
 
 
@@ -65,6 +66,8 @@ def execution_of(
 ) -> Execution:
     """What the options of `save` mean for this output; UserError for what cannot be had."""
     devices, cluster = devices_of(device), executor_of(executor)
+    if devices and cluster is not None:
+        raise UserError(f"device '{device}' and executor '{executor}' do not go together: workers of a cluster compute on processors.")
     if devices:
         wanted = len(devices)
         chunk = chunk or DEVICE_CHUNK_ELEMENTS
