@@ -82,7 +82,7 @@ class _Assembly:
         self._inputs = Inputs(recipe, context.open, context.build)
 
     def run(self) -> tuple[Checkpoint, AlignmentReport | None]:
-        alignment = self._inputs.align()
+        alignment = self._inputs.align(widen=self._store in STORE_DTYPES)
         planned = plan(self._recipe, self._inputs, self._method)
         self._context.warnings += [*alignment.warnings, *planned.warnings]
         if planned.faults:

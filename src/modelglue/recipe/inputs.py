@@ -83,8 +83,11 @@ class Inputs:
         config = {key: value for key, value in donor.config.items() if root.config.get(key) != value and key not in _DTYPE_KEYS}
         return dressed(root, config=config, files=replacing(root, donor))
 
-    def align(self) -> Alignment:
-        """Compare architectures and vocabularies; align or cut the models where the recipe says so, untie heads that only some have."""
+    def align(self, *, widen: bool) -> Alignment:
+        """Compare architectures and vocabularies; align or cut the models where the recipe says so, untie heads that only some have.
+
+        `widen`: rebuilt tables are float32, so that rows that are averaged are rounded once, when they are stored.
+        """
         recipe = self._recipe
         keys, base_key = self._model_keys(), _key(recipe.base) if recipe.base is not None else None
         models, base = self.models(), self._views[base_key] if base_key is not None else None
@@ -93,7 +96,7 @@ class Inputs:
             check_architectures(group)
         labels = [_label(key) for key in [*keys, *([base_key] if base_key is not None else [])]]
         if recipe.tokenizer is not None:
-            found = align(models, base, self._request(recipe.tokenizer, keys), labels)
+            found = align(models, base, self._request(recipe.tokenizer, keys), labels, widen=widen)
         elif recipe.vocabulary_mismatch == "truncate":
             found = truncate(models, base, labels)
         else:

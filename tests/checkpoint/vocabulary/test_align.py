@@ -50,7 +50,7 @@ def expected_ids(vocabularies: Sequence[Mapping[str, int]], request: VocabularyR
 
 
 def expected_tables(
-    vocabularies: Sequence[Mapping[str, int]], tables: Sequence[torch.Tensor], request: VocabularyRequest
+    vocabularies: Sequence[Mapping[str, int]], tables: Sequence[torch.Tensor], request: VocabularyRequest, based: bool
 ) -> list[torch.Tensor]:
     ids = expected_ids(vocabularies, request)
     count = max(ids.values()) + 1
@@ -69,7 +69,7 @@ def expected_tables(
         owners = [number for number, one in enumerate(vocabularies) if token in one]
         if not owners:
             return torch.zeros(width)
-        if len(owners) == 1 or owners[0] == 0:
+        if len(owners) == 1 or (based and owners[0] == 0):
             return tables[owners[0]][vocabularies[owners[0]][token]]
         return torch.stack([tables[owner][vocabularies[owner][token]] for owner in owners]).double().mean(0).float()
 
@@ -113,7 +113,7 @@ def recipes(draw: st.DrawFn) -> tuple[list[dict[str, int]], list[int], Vocabular
 def test_equals_the_plain_implementation(
     case: tuple[list[dict[str, int]], list[int], VocabularyRequest], limit: int, base_apart: bool
 ) -> None:
-    """Whole tables, any chunk of them, and through a pickle; the base given apart or as the first of the models."""
+    """Whole tables, any chunk of them, and through a pickle; with a base and without."""
     vocabularies, heights, request = case
     checkpoints = [
         model(ids, rows, seed=10 * number, bias=True) for number, (ids, rows) in enumerate(zip(vocabularies, heights, strict=True), 1)
@@ -131,7 +131,7 @@ def test_equals_the_plain_implementation(
     assert found is not None
     assert dict(found.ids) == ids
     for name in (EMBEDDING, HEAD, BIAS):
-        tables = expected_tables(vocabularies, [table(one, name) for one in checkpoints], request)
+        tables = expected_tables(vocabularies, [table(one, name) for one in checkpoints], request, base_apart)
         for view, expected in zip(views, tables, strict=True):
             assert view is not None
             assert view.info(name).shape == expected.shape
@@ -287,7 +287,7 @@ def test_an_aligned_merge_is_written_like_any_other(tmp_path: Path) -> None:
         save(output, tmp_path / str(workers), workers=workers, chunk=7)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     read = open_checkpoint(tmp_path / "1")
-    a, b = expected_tables(vocabularies, [table(one) for one in models], request)
+    a, b = expected_tables(vocabularies, [table(one) for one in models], request, based=False)
     torch.testing.assert_close(read.tensor(EMBEDDING), 0.25 * a + 0.75 * b)
     assert read.config["vocab_size"] == 8
     assert vocabulary(read).ids == {**vocabularies[0], "e": 4}  # type: ignore[union-attr]
@@ -308,8 +308,18 @@ def test_a_token_without_any_row_gets_zeros_and_a_warning() -> None:
 
 def test_forced_without_a_source_is_the_default_for_every_model() -> None:
     a, b = model("ab", seed=1), model("ba", seed=2)
-    alignment = align([a, b], None, VocabularyRequest(tokens={"b": TokenPolicy(force=True)}))
-    assert torch.equal(alignment.models[1].tensor(EMBEDDING)[1], table(a)[1])
+    request = VocabularyRequest(tokens={"b": TokenPolicy(force=True)})
+    assert torch.equal(align([b], a, request).models[0].tensor(EMBEDDING)[1], table(a)[1])
+    mean = (table(a)[1].double() + table(b)[0].double()) / 2
+    assert torch.equal(align([a, b], None, request).models[1].tensor(EMBEDDING)[1], mean.float())
+
+
+def test_without_a_base_no_row_of_several_counts_more() -> None:
+    """As in mergekit, which asks a base only where the recipe has one."""
+    a, b, c = model("ax", seed=1), model("a", seed=2), model("xa", seed=3)
+    mean = (table(a)[1].double() + table(c)[0].double()) / 2
+    assert torch.equal(align([a, b, c], None, VocabularyRequest()).models[1].tensor(EMBEDDING)[1], mean.float())
+    assert torch.equal(align([b, c], a, VocabularyRequest()).models[0].tensor(EMBEDDING)[1], table(a)[1])
 
 
 def test_the_same_model_twice_counts_once() -> None:

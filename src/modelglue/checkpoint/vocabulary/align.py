@@ -57,7 +57,7 @@ def align(
     if faults:
         raise RecipeError("\n".join(faults))
     output = output_vocabulary(vocabularies, request, source)
-    plans = row_plans(vocabularies, output, request, positions)
+    plans = row_plans(vocabularies, output, request, positions, based=base is not None)
     views = views_of(inputs, [plan for plan, _ in plans], output.rows, widen)
     warnings = _row_warnings(inputs, vocabularies, output, request)
     files, more = tokenizer_files(inputs.models, inputs.labels, vocabularies, output, source)

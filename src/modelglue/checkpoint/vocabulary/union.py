@@ -91,12 +91,13 @@ def check_policies(vocabularies: Sequence[Vocabulary], limits: Sequence[int], re
 
 
 def row_plans(
-    vocabularies: Sequence[Vocabulary], output: OutputVocabulary, request: VocabularyRequest, positions: Sequence[int]
+    vocabularies: Sequence[Vocabulary], output: OutputVocabulary, request: VocabularyRequest, positions: Sequence[int], *, based: bool
 ) -> list[tuple[RowPlan, RowCounts]]:
     """For each model, where the rows of its tables come from. Time O(models x tokens).
 
     A token's row is the recipe's if it is forced, else the model's own, else the token's default: what the recipe names, else
-    the row of the only model that has it, else the base's, else the mean over the models that have it, else zeros.
+    the row of the only model that has it, else the base's, else the mean over the models that have it, else zeros. `based`: the
+    first is a base; without one no model's row counts more than another's.
     """
     by_id: list[str | None] = [None] * output.rows
     for text, number in output.ids.items():
@@ -105,7 +106,7 @@ def row_plans(
 
     def default(token: str) -> tuple[str, int | tuple[tuple[int, int], ...]]:
         if token not in defaults:
-            defaults[token] = _default(token, vocabularies, request, positions)
+            defaults[token] = _default(token, vocabularies, request, positions, based)
         return defaults[token]
 
     plans = []
@@ -142,9 +143,9 @@ def kept_rows(rows: int) -> RowPlan:
     return RowPlan(array("q", range(rows)), (), bytearray(b"\1" * rows))
 
 
-def _default(token: str, vocabularies: Sequence[Vocabulary], request: VocabularyRequest, positions: Sequence[int]) -> tuple[
-    str, int | tuple[tuple[int, int], ...]
-]:  # fmt: skip
+def _default(
+    token: str, vocabularies: Sequence[Vocabulary], request: VocabularyRequest, positions: Sequence[int], based: bool
+) -> tuple[str, int | tuple[tuple[int, int], ...]]:
     policy = request.tokens.get(token)
     source = policy.source if policy is not None else None
     if isinstance(source, Zero):
@@ -162,7 +163,7 @@ def _default(token: str, vocabularies: Sequence[Vocabulary], request: Vocabulary
         return "zero", ZERO
     if len(owners) == 1:
         return "only", owners
-    if owners[0][0] == 0:
+    if based and owners[0][0] == 0:
         return "base", owners[:1]
     return "mean", owners
 
