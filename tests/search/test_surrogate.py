@@ -181,6 +181,20 @@ def test_thirty_evaluations_and_a_surrogate_reach_what_three_hundred_do() -> Non
     assert ours > 0.9 * hypervolume(theirs, [0.3] * 3)
 
 
+def test_more_points_do_not_make_the_front_worse() -> None:
+    """Verified hypervolume of fronts from 12, 24 and 48 noisy points: equal to within the noise, or growing."""
+    tasks = quadratic_tasks(2)
+    noise = np.random.default_rng(8)
+    volumes = []
+    for count in (12, 24, 48):
+        design = first_points(2, count)
+        scores = np.stack([task(design) for task in tasks], axis=1) + noise.normal(0, 0.005, (count, 2))
+        front, _ = surrogate_front([fit(design, column, "sigmoid") for column in scores.T], [0, 0], [1, 1], population=40, generations=30)
+        volumes.append(hypervolume(np.stack([task(front) for task in tasks], axis=1), [0.3, 0.3]))
+    assert volumes[1] > volumes[0] - 0.002
+    assert volumes[2] > volumes[1] - 0.002
+
+
 def test_preference_chooses() -> None:
     front = [[1.0, 0.0], [0.7, 0.7], [0.0, 1.0]]
     assert [preferred(front, p) for p in ([1, 0], [1, 1], [0, 5], [10, 1])] == [0, 1, 2, 0]

@@ -154,8 +154,8 @@ class Estimator:
             raise UserError(f"estimator '{self.mode}' needs the abilities of the models that are merged. Score them on all items first.")
         if not 0 <= self.share <= 1:
             raise UserError(f"the observed part counts for {self.share:g}, allowed is a share from 0 to 1.")
-        if self.items is not None and self.extract.positions[-1] >= len(self.items):
-            raise UserError(f"the extract has item {self.extract.positions[-1]}, the task has {len(self.items)}.")
+        if self.items is not None and self.extract.positions.max() >= len(self.items):
+            raise UserError(f"the extract has item {self.extract.positions.max()}, the task has {len(self.items)}.")
 
     def ability(self, responses: ArrayLike) -> Floats:
         """The ability [D] that the responses show, among those that a merge of the endpoints can have where the mode says so."""
