@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from modelglue.checkpoint import Checkpoint, open_checkpoint, save
-from modelglue.errors import CheckpointError
-from modelglue.evaluation import CandidateEvaluator, ResidentModel, ScoreStore, TaskSet, candidates, evaluate
-from modelglue.recipe import Candidate, build, linear_recipe
+from modelglue.errors import CheckpointError, MergeError, RecipeError, RunError
+from modelglue.evaluation import CandidateEvaluator, ResidentModel, ScoreStore, TaskSet, evaluate, members
+from modelglue.evaluation import resident as resident_module
+from modelglue.recipe import Candidate, Plan, build, linear_recipe
 from tests.small_zoo import TINY_ZOO, write_tasks
 
 #: three of one class and size, and a stranger
@@ -98,8 +100,8 @@ def test_asking_twice_builds_nothing(
 ) -> None:
     candidate = Candidate.linear({"reverse": 1, "larger": 1})
     first = CandidateEvaluator(models, tasks, store).evaluate(candidate)
-    monkeypatch.setattr(candidates, "build", None)
-    monkeypatch.setattr(candidates, "load_live", None)
+    monkeypatch.setattr(members, "build", None)
+    monkeypatch.setattr(resident_module, "load_live", None)
     assert CandidateEvaluator(models, tasks, store).evaluate(candidate) == first
 
 
@@ -108,7 +110,7 @@ def test_asking_twice_builds_nothing(
 
 def identity(models: Mapping[str, Checkpoint], candidate: Candidate, dtype: str | None = None) -> str:
     with ScoreStore(":memory:") as store:
-        return CandidateEvaluator(models, TaskSet({}), store, store_dtype=dtype).identity(candidate)
+        return CandidateEvaluator(models, TaskSet({}), store, store_dtype=dtype).key(candidate)
 
 
 HALVES = [{"model": "reverse", "weight": 0.5}, {"model": "larger", "weight": 0.5}]
@@ -199,7 +201,7 @@ def test_another_tokenizer_is_another_model(models: Mapping[str, Checkpoint], tm
 def test_what_is_held_is_not_loaded_again(models: Mapping[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
     resident = ResidentModel()
     first = resident.holding(models["reverse"], "r")
-    monkeypatch.setattr(candidates, "load_into", None)
+    monkeypatch.setattr(resident_module, "load_into", None)
     assert resident.holding(models["reverse"], "r") is first
 
 
@@ -208,7 +210,7 @@ def test_a_failure_while_loading_leaves_nothing_stale(models: Mapping[str, Check
     """Half of the weights have been written when it fails; what was held before is loaded again in full."""
     resident = ResidentModel()
     resident.holding(models["reverse"], "r")
-    read = type(models["larger"]).read
+    read, together = type(models["larger"]).read, type(models["larger"]).together
     middle = sorted(models[what].names())[len(models[what].names()) // 2]
 
     def failing(checkpoint: Any, name: str, *arguments: Any) -> torch.Tensor:
@@ -217,8 +219,15 @@ def test_a_failure_while_loading_leaves_nothing_stale(models: Mapping[str, Check
         found: torch.Tensor = read(checkpoint, name, *arguments)
         return found
 
+    def failing_together(checkpoint: Any, names: Sequence[str]) -> torch.Tensor:
+        for name in names:
+            failing(checkpoint, name)
+        found: torch.Tensor = together(checkpoint, names)
+        return found
+
     with monkeypatch.context() as patch:
         patch.setattr(type(models["larger"]), "read", failing)
+        patch.setattr(type(models["larger"]), "together", failing_together)
         with pytest.raises(CheckpointError, match=middle):
             resident.holding(models[what], what)
     resident.holding(models["reverse"], "r")
@@ -233,8 +242,13 @@ def test_evaluators_share_a_resident_model(
     """Proxy and confirmation items of one candidate: one model is made, and its weights are loaded once."""
     loads: list[str] = []
     for name in ("load_live", "load_into"):
-        original = getattr(candidates, name)
-        monkeypatch.setattr(candidates, name, lambda *values, original=original, name=name: (loads.append(name), original(*values))[1])
+        original = getattr(resident_module, name)
+
+        def counting(*values: Any, original: Any = original, name: str = name, **options: Any) -> Any:
+            loads.append(name)
+            return original(*values, **options)
+
+        monkeypatch.setattr(resident_module, name, counting)
     resident = ResidentModel()
     parts = [TaskSet({skill: items}) for skill, items in tasks.skills.items()]
     evaluators = [CandidateEvaluator(models, part, store, resident=resident) for part in parts]
@@ -244,3 +258,209 @@ def test_evaluators_share_a_resident_model(
     with ScoreStore(":memory:") as other:
         apart = CandidateEvaluator(models, tasks, other).evaluate(merged)
     assert {**found[2].items, **found[3].items} == apart.items
+
+
+# -- only what has changed is computed --------------------------------------------------------------------------------------------
+
+
+def layered(weights: Sequence[float], base: str = "reverse", other: str = "larger") -> Candidate:
+    """A linear merge whose weights differ from layer to layer: gradients over the layers."""
+    rest = [1 - weight for weight in weights]
+    return Candidate.of({"method": "linear", "models": [{"model": base, "weight": list(weights)}, {"model": other, "weight": rest}]})
+
+
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """The tensors that are kept of every load into a live model from now on."""
+    kept: list[set[str]] = []
+    original = resident_module.load_into
+
+    def load_into(checkpoint: Checkpoint, model: Any, *, keep: set[str]) -> None:
+        kept.append({name for name in checkpoint.names() if name not in keep})
+        original(checkpoint, model, keep=keep)
+
+    monkeypatch.setattr(resident_module, "load_into", load_into)
+    return kept
+
+
+def test_unchanged_layers_are_not_computed_again(
+    models: Mapping[str, Checkpoint], tasks: TaskSet, store: ScoreStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident = ResidentModel()
+    evaluator = CandidateEvaluator(models, tasks, store, resident=resident)
+    layers = int(models["reverse"].config["num_hidden_layers"])
+    first, second = [0.5] * layers, [0.5] * (layers - 1) + [0.25]
+    evaluator.evaluate(layered(first))
+    changed = computed(monkeypatch)
+    evaluator.evaluate(layered(second))
+    assert changed[0]
+    assert {name.split(".")[2] for name in changed[0] if ".layers." in name} == {str(layers - 1)}
+    assert len(changed[0]) < 15
+    assert_holds(resident, evaluator.members.expression(layered(second)))
+    evaluator.evaluate(layered(second, other="generalist"))
+    assert len(changed[1]) == len(models["reverse"].names()), "another member changes everything"
+    assert_holds(resident, evaluator.members.expression(layered(second, other="generalist")))
+
+
+def test_a_failure_forgets_what_was_there(models: Mapping[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = ResidentModel()
+    resident.holding(models["reverse"], "r")
+
+    def failing(*arguments: Any, **options: Any) -> None:
+        raise CheckpointError("half-way")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resident_module, "load_into", failing)
+        with pytest.raises(CheckpointError, match="half-way"):
+            resident.holding(models["larger"], "l")
+    changed = computed(monkeypatch)
+    resident.holding(models["reverse"], "r")
+    assert changed == [set(models["reverse"].names())]
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.lists(st.floats(0.01, 1), min_size=2, max_size=3), min_size=1, max_size=4), st.sampled_from([None, "float32"]))
+def test_coefficients_that_follow_one_another_give_what_each_gives_alone(
+    models: Mapping[str, Checkpoint], series: list[list[float]], dtype: str | None
+) -> None:
+    """Whatever was built before with the same members."""
+    remembering = members.Members(models, dtype)
+    for weights in series:
+        candidate = Candidate.linear(dict(zip(NAMES, weights, strict=False)))
+        made, alone = remembering.expression(candidate), members.Members(models, dtype).expression(candidate)
+        assert made.identity == alone.identity
+        assert all(torch.equal(made.tensor(name), alone.tensor(name)) for name in list(made.names())[::9])
+        assert torch.equal(made.together(made.names()), torch.cat([alone.read(name) for name in made.names()]))
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "dare_linear", "slerp"])
+def test_tensors_together_are_tensors_one_by_one(models: Mapping[str, Checkpoint], method: str) -> None:
+    recipe: dict[str, Any] = {"method": method, "base": "generalist", "models": [{"model": "reverse"}, {"model": "larger"}]}
+    if method == "slerp":
+        recipe = {"method": method, "base": "reverse", "models": [{"model": "larger"}], "parameters": {"t": 0.3}}
+    else:
+        recipe["models"] = [{**entry, "weight": [0.2, 0.6]} for entry in recipe["models"]]
+    if method == "linear":
+        del recipe["base"]
+    made = members.Members(models).expression(Candidate.of(recipe))
+    names = made.names()
+    assert torch.equal(made.together(names), torch.cat([made.read(name) for name in names]))
+
+
+# -- failures ---------------------------------------------------------------------------------------------------------------------
+
+
+def failing_with(error: Exception) -> Any:
+    def holding(*_: Any) -> Any:
+        raise error
+
+    return holding
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (MemoryError(), "failed", "reverse: out of memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), "failed", "out of memory"),
+        (RuntimeError("CUDA out of memory. Tried"), "failed", "reverse: out of memory: CUDA"),
+        (TimeoutError(), "failed", "reverse: took longer than 9 seconds"),
+        (ZeroDivisionError("division by zero"), "failed", "reverse: ZeroDivisionError: division by zero"),
+        (CheckpointError("a shard is gone"), "failed", "reverse: a shard is gone"),
+        (MergeError("comes out with NaN"), "invalid", "reverse: comes out with NaN"),
+        (RecipeError("no such method"), "invalid", "reverse: no such method"),
+    ],
+)
+def test_a_candidate_that_cannot_be_scored(
+    models: Mapping[str, Checkpoint],
+    tasks: TaskSet,
+    store: ScoreStore,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    status: str,
+    text: str,
+) -> None:
+    """It says so, and the next one is scored."""
+    evaluator = CandidateEvaluator(models, tasks, store, timeout=9)
+    with monkeypatch.context() as patch:
+        patch.setattr(ResidentModel, "holding", failing_with(error))
+        scores = evaluator.evaluate(Candidate.single("reverse"))
+    assert (scores.status, scores.items) == (status, {})
+    assert text in scores.error
+    assert evaluator.evaluate(Candidate.single("reverse")).status == "ok"
+
+
+def test_what_no_candidate_could_be_scored_with_is_raised(
+    models: Mapping[str, Checkpoint], tasks: TaskSet, store: ScoreStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ResidentModel, "holding", failing_with(RunError("the disk is full")))
+    with pytest.raises(RunError, match="the disk is full"):
+        CandidateEvaluator(models, tasks, store).evaluate(Candidate.single("reverse"))
+
+
+def test_a_time_out_keeps_what_was_scored(
+    models: Mapping[str, Checkpoint], tasks: TaskSet, store: ScoreStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time is over after the first of two batches."""
+    monkeypatch.setattr("modelglue.evaluation.scoring.BATCH_ITEMS", 24)
+    now = [0.0]
+    monkeypatch.setattr("modelglue.evaluation.candidates.time.monotonic", lambda: now[0])
+
+    def later(*_: Any) -> None:
+        now[0] += 6
+
+    evaluator = CandidateEvaluator(models, tasks, store, timeout=5, on_batch=later)
+    scores = evaluator.evaluate(Candidate.single("reverse"))
+    assert (scores.status, scores.error) == ("failed", "reverse: took longer than 5 seconds")
+    assert {task: len(values) for task, values in scores.items.items()} == {"reverse": 24}
+    again = evaluator.evaluate(Candidate.single("reverse"))
+    assert (again.status, again.cost.computed, again.cost.items) == ("ok", 24, 48)
+
+
+def test_a_merge_that_is_no_number_is_invalid(models: Mapping[str, Checkpoint], tasks: TaskSet, store: ScoreStore) -> None:
+    huge = Candidate.of({"method": "linear", "models": [{"model": "reverse", "weight": 1e38}, {"model": "larger", "weight": 1e38}],
+                         "parameters": {"normalize": False}})  # fmt: skip
+    scores = CandidateEvaluator(models, tasks, store).evaluate(huge)
+    assert scores.status == "invalid"
+    assert scores.error != ""
+
+
+def test_a_model_whose_logits_are_none_is_invalid(
+    models: Mapping[str, Checkpoint], tasks: TaskSet, store: ScoreStore, tmp_path: Path
+) -> None:
+    """In generation and in likelihoods: its final norm multiplies by infinity."""
+    shutil.copytree(TINY_ZOO / "models" / "larger", tmp_path / "larger")
+    weights = load_file(tmp_path / "larger" / "model.safetensors")
+    weights["model.norm.weight"].fill_(math.inf)
+    save_file(weights, tmp_path / "larger" / "model.safetensors", metadata={"format": "pt"})
+    evaluator = CandidateEvaluator({"larger": open_checkpoint(tmp_path / "larger")}, tasks, store)
+    scores = evaluator.evaluate(Candidate.single("larger"))
+    assert scores.status == "invalid"
+    assert scores.tasks() == {"reverse": 0.0, "larger": 0.0}
+    assert [warning.partition(":")[2] for warning in scores.warnings] == [
+        f" {task}: the model answers NaN on 24 of 24 items; they count as 0." for task in ("reverse", "larger")
+    ]
+
+
+def test_what_the_evaluator_offers(models: Mapping[str, Checkpoint], tasks: TaskSet, store: ScoreStore) -> None:
+    evaluator = CandidateEvaluator(models, tasks, store)
+    assert evaluator.levels == {"E0", "E1", "E2", "E3", "E4"}
+    generated = TaskSet({"reverse": tasks.skills["reverse"]})
+    assert CandidateEvaluator(models, generated, store).levels == {"E0", "E1", "E2", "E3"}
+    assert sorted(evaluator.items("larger")) == sorted(item.id for item in tasks.skills["larger"])
+    others = [CandidateEvaluator(models, generated, store), CandidateEvaluator(models, tasks, store, store_dtype="float32"),
+              CandidateEvaluator({"reverse": models["reverse"]}, tasks, store)]  # fmt: skip
+    assert len({evaluator.identity, *(other.identity for other in others)}) == 4
+    assert CandidateEvaluator(models, tasks, store).identity == evaluator.identity
+
+
+def test_a_plan_is_obeyed_and_costs_what_it_says(models: Mapping[str, Checkpoint], tasks: TaskSet, store: ScoreStore) -> None:
+    evaluator = CandidateEvaluator(models, tasks, store)
+    plan = Plan.prefix(evaluator, {"reverse": 5, "larger": 3})
+    scores = evaluator.evaluate(Candidate.single("larger"), plan)
+    assert {task: list(values) for task, values in scores.items.items()} == {
+        "reverse": list(evaluator.items("reverse")[:5]), "larger": list(evaluator.items("larger")[:3])
+    }  # fmt: skip
+    assert set(scores.losses) == {"larger"}
+    assert (scores.cost.items, scores.cost.computed) == (8, 8)
+    assert scores.cost.tokens > 8
+    again = evaluator.evaluate(Candidate.single("larger"), plan)
+    assert (again, again.cost.computed, again.cost.tokens) == (scores, 0, scores.cost.tokens)

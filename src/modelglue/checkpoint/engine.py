@@ -6,6 +6,7 @@ input at a time, so memory is O(chunk x inputs).
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
@@ -142,6 +143,49 @@ class Engine:
             return self._copy(name, start, stop)
         with compiled.using(self._compiled), single_thread():
             return self._merge(name, start, stop)
+
+    def together(self, names: Sequence[str]) -> torch.Tensor:
+        """Whole output tensors of one stored dtype, end to end.
+
+        Neighbours that are merged element by element with the same values are one chunk: the method cannot tell, and the values are the
+        same. Memory: all of them at once.
+        """
+        import torch
+
+        kind = self._kind if device.current() is None else str
+        parts = [
+            self._merge_run(run) if len(run) > 1 else self.read(run[0], 0, self._job.outputs[run[0]].numel)
+            for run in (list(run) for _, run in itertools.groupby(names, kind))
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _kind(self, name: str) -> Any:
+        """Tensors of equal kind may be merged as one; one that stands alone is its own kind."""
+        job = self._job
+        if name not in job.merged or name in job.members or job.method.needs_uniform or job.rounds(name) or job.unit(name) != "element":
+            return name
+        inputs = [*job.models, *([job.base] if job.base is not None else [])]
+        return job.outputs[name].dtype, [one.info(name).dtype for one in inputs], job.parameters_of(name)
+
+    def _merge_run(self, names: Sequence[str]) -> torch.Tensor:
+        import torch
+
+        job = self._job
+        parameters = job.parameters_of(names[0])
+        inputs = [*job.models, *([job.base] if job.base is not None else [])]
+        compute = torch.float64 if any(one.info(names[0]).dtype == "F64" for one in inputs) else torch.float32
+        raw = getattr(job.method, "raw", False) and compute == torch.float32
+        with compiled.using(self._compiled), single_thread():
+            chunks = [one.together(names) for one in inputs]
+            chunks = chunks if raw else [chunk.to(compute) for chunk in chunks]
+            models, base = (chunks[:-1], chunks[-1]) if job.base is not None else (chunks, None)
+            sound = raw or all(math.isfinite(chunk.sum().item()) for chunk in chunks)
+            result = job.method.merge(models, base, None, [], 0, parameters)
+            stored = result.reshape(-1).to(torch_dtype(job.outputs[names[0]].dtype))
+            total = stored.sum(dtype=torch.float32 if stored.dtype == torch.float16 else None)
+        if sound and math.isfinite(total.item()):
+            return stored
+        return torch.cat([self.read(name, 0, job.outputs[name].numel) for name in names])  # which says what is wrong, and where
 
     # -- chunks ---------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -146,6 +147,21 @@ class SafetensorsCheckpoint(DiskCheckpoint):
             view = out.copy_(view)
         if count > 0:
             self._files.let_go(number, count * item)
+        return view
+
+    def together(self, names: Sequence[str]) -> torch.Tensor:
+        """A view where the tensors lie one behind the other in a file, as they do where a file is in the order of the names."""
+        places = [self._where[name] for name in names if name in self._where]
+        joined = len(places) == len(names) > 0 and all(
+            one[0] == two[0] and one[1].end == two[1].begin and one[1].info.dtype == two[1].info.dtype for one, two in pairwise(places)
+        )
+        if not joined or places[0][1].info.dtype not in ITEM_SIZE:
+            return super().together(names)
+        number, first = places[0]
+        size = places[-1][1].end - first.begin
+        view = self._files.view(number, first.begin, size // ITEM_SIZE[first.info.dtype], first.info.dtype)
+        if size:
+            self._files.let_go(number, size)
         return view
 
 

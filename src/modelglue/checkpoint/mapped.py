@@ -55,6 +55,8 @@ class MappedFiles:
 
         Views stay valid: a page that is touched again comes back from the page cache.
         """
+        if sum(self._sizes) <= _MAPPED_AT_ONCE:
+            return  # all there is, is no more than one read may map
         self._touched.add(number)
         self._read += max(size, _MAPPED_AT_ONCE)
         if self._read > MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -164,6 +164,20 @@ class Checkpoint(ABC):
 
     def prepare(self, names: Sequence[str] | None = None) -> None:  # noqa: B027 - most checkpoints have nothing to prepare
         """Gather what must be known of the whole model before any tensor can be read; called before workers start."""
+
+    def together(self, names: Sequence[str]) -> torch.Tensor:
+        """Whole tensors of one dtype, end to end (1-D): what many small ones cost least in. Treat it as read-only."""
+        import torch
+
+        return torch.cat([self.read(name) for name in names])
+
+    def values_of(self, name: str) -> Hashable:
+        """What a tensor's values are a function of: tensors for which it is equal hold equal values.
+
+        As fine as the expression can tell: a merge answers with the inputs' answers and its parameters there, so a candidate that differs
+        from another in one layer differs from it in that layer's tensors only. May hash files, like `identity`.
+        """
+        return self.identity, name
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor in its own shape."""

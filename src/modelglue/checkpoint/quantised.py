@@ -8,6 +8,7 @@ from typing import Any
 
 from modelglue.checkpoint.header import shown
 from modelglue.checkpoint.protocol import PACKED_BITS, Checkpoint
+from modelglue.checkpoint.remembered import once_per_checkpoint
 
 _ORIGINAL = "Merge the release that it was quantised from, and quantise the result."
 
@@ -57,6 +58,7 @@ _SCHEMES = (
 _SECTIONS = ("quantization_config", "compression_config")
 
 
+@once_per_checkpoint
 def quantisation_of(checkpoint: Checkpoint) -> str | None:
     """How the checkpoint is quantised and what to do about it, as the rest of a sentence that begins with its name; None if it is not.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint.protocol import Checkpoint, SideFile, TensorInfo, file_bytes
@@ -43,6 +43,12 @@ class RenamedCheckpoint(Checkpoint):
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         return self._source.read(self._find(name), start, stop, out)
+
+    def together(self, names: Sequence[str]) -> torch.Tensor:
+        return self._source.together([self._find(name) for name in names])
+
+    def values_of(self, name: str) -> Hashable:
+        return self._source.values_of(self._find(name))
 
     def pieces(self, name: str, limit: int) -> Sequence[tuple[int, int]]:
         return self._source.pieces(self._find(name), limit)
@@ -131,6 +137,15 @@ class JoinedCheckpoint(Checkpoint):
     def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         part, old = self._find(name)
         return part.read(old, start, stop, out)
+
+    def together(self, names: Sequence[str]) -> torch.Tensor:
+        found = [self._find(name) for name in names]
+        part = found[0][0]
+        return part.together([old for _, old in found]) if all(one is part for one, _ in found) else super().together(names)
+
+    def values_of(self, name: str) -> Hashable:
+        part, old = self._find(name)
+        return part.values_of(old)
 
     def pieces(self, name: str, limit: int) -> Sequence[tuple[int, int]]:
         part, old = self._find(name)

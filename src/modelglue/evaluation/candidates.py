@@ -4,52 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from modelglue.checkpoint import ENGINE_VERSION, Checkpoint, file_bytes
-from modelglue.evaluation.scoring import BatchListener, score_text_model
+from modelglue.checkpoint import Checkpoint
+from modelglue.errors import CheckpointError, MergeError, ModelGlueError, RecipeError, WorkerDiedError
+from modelglue.evaluation.crew import Crew, Outcome, Processes, is_out_of_memory
+from modelglue.evaluation.items import Item
+from modelglue.evaluation.members import Members
+from modelglue.evaluation.resident import ResidentModel
+from modelglue.evaluation.scoring import Asked, BatchListener, answer, marks_of
 from modelglue.evaluation.store import ScoreStore
 from modelglue.evaluation.tasks import TaskSet
-from modelglue.models import LiveTextModel, load_into, load_live, load_tokenizer
-from modelglue.recipe import Candidate, Scores, build, read_recipe
+from modelglue.recipe import Candidate, Level, Plan, Scores, Status
 
 if TYPE_CHECKING:
-    from modelglue.models import TextModel
+    from types import TracebackType
+    from typing import Self
 
-
-class ResidentModel:
-    """One live model that checkpoints pass through: equal shapes are loaded in place, others take its room.
-
-    Memory: one model in float32 and its inputs' mapped pages, however many candidates are scored.
-    """
-
-    def __init__(self) -> None:
-        self._shape: str | None = None
-        self._content: str | None = None
-        self._model: LiveTextModel | None = None
-
-    def holding(self, checkpoint: Checkpoint, content: str) -> LiveTextModel:
-        """The live model with the weights of `checkpoint`; `content` names them, so that the same ones are not loaded twice."""
-        if self._model is None or self._content != content:
-            shape = _shape(checkpoint)
-            self._content = None  # should loading fail half-way, nothing is held
-            if self._model is None or shape != self._shape:
-                self._model = None  # the old one goes before the new one comes
-                self._model = LiveTextModel(load_live(checkpoint), load_tokenizer(checkpoint))
-                self._shape = shape
-            else:
-                load_into(checkpoint, self._model.model)
-            self._content = content
-        return self._model
+#: part of what scores depend on: raise it when equal candidates would get other scores
+_VERSION = 1
 
 
 class CandidateEvaluator:
-    """Scores candidates over the members `checkpoints` on one task set; an `Evaluator` for every search.
+    """Scores candidates over the members `checkpoints` on one task set; an `Evaluator` of every level for every search.
 
-    `store_dtype` is what merges are stored in (default: as the first member is stored); a candidate is scored with the rounding that its
-    saved form would have. Evaluators of several task sets may share one `resident` model.
+    `store_dtype`: see `Members`. Evaluators of several task sets may share one `resident` model. With `workers` above 1 (or a `crew`)
+    `evaluate_many` scores several candidates at once, or parts of one; batches are the same whoever scores them, so the scores do not
+    depend on the number of workers. `timeout`: seconds that one evaluation may take; checked between batches, and where there are
+    workers a batch that takes longer is ended. Use it as a context manager where there are workers.
     """
 
     def __init__(
@@ -61,53 +47,198 @@ class CandidateEvaluator:
         store_dtype: str | None = None,
         resident: ResidentModel | None = None,
         on_batch: BatchListener | None = None,
+        workers: int = 1,
+        crew: Crew | None = None,
+        timeout: float | None = None,
     ) -> None:
-        self._checkpoints = checkpoints
+        self.members = Members(checkpoints, store_dtype)
         self._task_set = tasks
         self._store = store
-        self._store_dtype = store_dtype
         self._resident = resident or ResidentModel()
         self._on_batch = on_batch
+        self._crew = crew or (Processes(self.members, workers) if workers > 1 else None)
+        self._timeout = timeout
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, if there are any."""
+        if self._crew is not None:
+            self._crew.close()
 
     @property
     def tasks(self) -> Sequence[str]:
         """The skills, in order."""
         return list(self._task_set.skills)
 
-    def evaluate(self, candidate: Candidate) -> Scores:
-        """Per-item scores; computes only what the store does not have."""
-        identity = self.identity(candidate)
-        scores = score_text_model(
-            self._live(candidate, identity), identity, self._task_set, self._store, description=candidate.key, on_batch=self._on_batch
-        )
-        return replace(scores, warnings=tuple(f"{candidate.describe()}: {warning}" for warning in scores.warnings))
+    @property
+    def levels(self) -> frozenset[Level]:
+        """All; E4 only if some task gives a loss."""
+        lossy = any(item.marker.gives_loss for items in self._task_set.skills.values() for item in items)
+        return frozenset({"E0", "E1", "E2", "E3", "E4"} if lossy else {"E0", "E1", "E2", "E3"})
 
-    def identity(self, candidate: Candidate) -> str:
-        """SHA-256 (hex) that changes with any member's content, any coefficient (at 1e-6), the method, or the stored dtype.
+    @property
+    def identity(self) -> str:
+        """SHA-256 (hex) over the contents of members and items, the stored dtype and the evaluator's version."""
+        members = {alias: checkpoint.identity for alias, checkpoint in self.members.checkpoints.items()}
+        content = [_VERSION, members, self.members.store_dtype, self._task_set.identity]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-        A member by itself has the identity of its checkpoint, so its scores are shared with every other use of the model.
-        """
-        contents = {alias: self._checkpoints[alias].identity for alias in candidate.aliases}
-        if candidate.alone is not None:
-            return contents[candidate.alone]
-        recipe = [ENGINE_VERSION, candidate.key_over(contents), self._store_dtype]
-        return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    def items(self, task: str) -> Sequence[str]:
+        """The task's item ids in their fixed shuffled order."""
+        return self._task_set.order[task]
 
-    def _live(self, candidate: Candidate, identity: str) -> Callable[[], TextModel]:
-        return lambda: self._resident.holding(self._expression(candidate), identity)
+    def key(self, candidate: Candidate) -> str:
+        """What the store knows the candidate by; see `Members.identity`."""
+        return self.members.identity(candidate)
 
-    def _expression(self, candidate: Candidate) -> Checkpoint:
-        if candidate.alone is not None:
-            return self._checkpoints[candidate.alone]
-        recipe = dict(candidate.recipe)
-        if self._store_dtype is not None:
-            recipe["dtype"] = {"store": self._store_dtype}
-        return build(read_recipe(recipe), resolve=self._checkpoints.__getitem__)
+    def evaluate(self, candidate: Candidate, plan: Plan = Plan()) -> Scores:  # noqa: B008 - immutable
+        """Per-item scores; computes only what the store does not have. See `Evaluator` for what becomes of failures."""
+        if self._crew is not None:
+            return next(iter(self.evaluate_many([(candidate, plan)])))[1]
+        work = self._work(0, candidate, plan)
+        try:
+            while work.batches:
+                if self._timeout is not None and time.monotonic() > work.end:
+                    raise TimeoutError
+                batch = work.batches.popleft()
+                live = self._resident.holding(self.members.expression(candidate), work.key)
+                work.asked.add(marks_of(batch, *answer(live, [item.requests for item in batch])), self._on_batch)
+        except Exception as error:
+            return work.outcome(self._judged(error))
+        return work.outcome()
+
+    def evaluate_many(self, requests: Sequence[tuple[Candidate, Plan]]) -> Iterator[tuple[int, Scores]]:
+        """(position, scores) as they are done. Workers that have nothing else to do share the batches of what is left."""
+        if self._crew is None:
+            for number, (candidate, plan) in enumerate(requests):
+                yield number, self.evaluate(candidate, plan)
+            return
+        yield from _Shift(self, self._crew, requests).run()
+
+    # -- parts ----------------------------------------------------------------------------------------------------------
+
+    def _work(self, number: int, candidate: Candidate, plan: Plan) -> _Work:
+        key = self.key(candidate)
+        asked = Asked(key, self._task_set, self._store, plan, description=candidate.key)
+        end = time.monotonic() + (self._timeout if self._timeout is not None else 0.0)
+        return _Work(number, candidate, key, asked, deque(asked.missing()), end)
+
+    def _judged(self, error: Exception) -> tuple[Status, str]:
+        """What an exception says of the candidate; raised again if no candidate could have been scored."""
+        if is_out_of_memory(error):
+            return "failed", f"out of memory: {error}".rstrip(": ")
+        if isinstance(error, TimeoutError):
+            return "failed", f"took longer than {self._timeout:g} seconds"
+        if isinstance(error, MergeError | RecipeError):
+            return "invalid", str(error)
+        if isinstance(error, CheckpointError | WorkerDiedError):
+            return "failed", str(error)
+        if isinstance(error, ModelGlueError):
+            raise error
+        return "failed", str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
 
 
-def _shape(checkpoint: Checkpoint) -> str:
-    """All that a live model is built from besides the weights: config, tensor shapes, tokenizer."""
-    shapes: list[Any] = [[name, list(checkpoint.info(name).shape)] for name in checkpoint.names()]
-    files = {name: hashlib.sha256(file_bytes(file)).hexdigest() for name, file in sorted(checkpoint.files.items())}
-    config = {key: value for key, value in checkpoint.config.items() if key not in ("dtype", "torch_dtype")}
-    return hashlib.sha256(json.dumps([shapes, files, config], sort_keys=True).encode()).hexdigest()
+@dataclass
+class _Work:
+    """One request on its way."""
+
+    number: int
+    candidate: Candidate
+    key: str
+    asked: Asked
+    batches: deque[list[Item]]
+    end: float
+    lanes: set[int] = field(default_factory=set)
+    problem: tuple[Status, str] | None = None
+
+    def outcome(self, problem: tuple[Status, str] | None = None) -> Scores:
+        scores = self.asked.scores(complete=problem is None)
+        name = self.candidate.describe()
+        scores = replace(scores, warnings=tuple(f"{name}: {warning}" for warning in scores.warnings))
+        return scores if problem is None else replace(scores, status=problem[0], error=f"{name}: {problem[1]}")
+
+
+class _Shift:
+    """The requests of one call, handed out to the lanes of a crew. A lane stays with a candidate as long as there is something to do."""
+
+    def __init__(self, evaluator: CandidateEvaluator, crew: Crew, requests: Sequence[tuple[Candidate, Plan]]) -> None:
+        self._evaluator = evaluator
+        self._crew = crew
+        self._waiting = deque(enumerate(requests))
+        self._active: dict[str, _Work] = {}
+        self._lane: dict[int, tuple[_Work, list[Item]]] = {}
+
+    def run(self) -> Iterator[tuple[int, Scores]]:
+        try:
+            while self._waiting or self._active:
+                yield from self._hand_out()
+                if self._lane:
+                    yield from self._collect()
+        finally:
+            for lane in list(self._lane):  # somebody stopped listening, or something was raised
+                self._crew.renew(lane)
+
+    def _hand_out(self) -> Iterator[tuple[int, Scores]]:
+        idle = deque(lane for lane in range(self._crew.lanes) if lane not in self._lane)
+        while idle:
+            work = self._next()
+            if work is None:
+                return
+            if not work.batches:
+                del self._active[work.key]
+                yield work.number, work.outcome()
+                continue
+            lane = idle.popleft()
+            batch = work.batches.popleft()
+            work.lanes.add(lane)
+            self._lane[lane] = (work, batch)
+            self._crew.give(lane, (work.candidate, work.key, [item.requests for item in batch]))
+
+    def _next(self) -> _Work | None:
+        """Work for a lane: a request that nobody works at, else batches of the one with most of them left."""
+        for place, (number, (candidate, plan)) in enumerate(self._waiting):
+            if self._evaluator.key(candidate) not in self._active:  # equal ones wait, and find their items in the store
+                del self._waiting[place]
+                work = self._evaluator._work(number, candidate, plan)
+                self._active[work.key] = work
+                return work
+        return max((work for work in self._active.values() if work.batches), key=lambda work: len(work.batches), default=None)
+
+    def _collect(self) -> Iterator[tuple[int, Scores]]:
+        timed = self._evaluator._timeout is not None
+        soonest = min(work.end for work, _ in self._lane.values())
+        for lane, outcome in self._crew.wait(max(soonest - time.monotonic(), 0.0) if timed else None):
+            work, batch = self._lane.pop(lane)
+            work.lanes.discard(lane)
+            if work.problem is None:
+                self._take(work, batch, outcome)
+            if work.problem is None and work.batches:  # the same lane goes on with the same candidate
+                self._lane[lane] = (work, work.batches.popleft())
+                work.lanes.add(lane)
+                self._crew.give(lane, (work.candidate, work.key, [item.requests for item in self._lane[lane][1]]))
+            elif not work.lanes:
+                del self._active[work.key]
+                yield work.number, work.outcome(work.problem)
+        if timed:
+            yield from self._end_late()
+
+    def _take(self, work: _Work, batch: list[Item], outcome: Outcome) -> None:
+        if isinstance(outcome, Exception):
+            work.problem = self._evaluator._judged(outcome)
+            work.batches.clear()
+        else:
+            work.asked.add(marks_of(batch, *outcome), self._evaluator._on_batch)
+
+    def _end_late(self) -> Iterator[tuple[int, Scores]]:
+        now = time.monotonic()
+        for work in [work for work in self._active.values() if work.end < now and (work.lanes or work.batches)]:
+            for lane in list(work.lanes):
+                self._crew.renew(lane)
+                del self._lane[lane]
+            del self._active[work.key]
+            yield work.number, work.outcome(self._evaluator._judged(TimeoutError()))

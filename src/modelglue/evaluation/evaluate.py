@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modelglue.checkpoint import Checkpoint, open_checkpoint
-from modelglue.evaluation.candidates import ResidentModel
+from modelglue.evaluation.resident import ResidentModel
 from modelglue.evaluation.scoring import BatchListener, score_text_model
 from modelglue.evaluation.store import ScoreStore
 from modelglue.evaluation.tasks import TaskSet

@@ -6,7 +6,9 @@ This is the only file that knows the harness. It is imported when tasks are load
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import hashlib
 import inspect
 import io
@@ -14,7 +16,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,7 @@ def _load_skill(manager: Any, name: str, include: Path | None) -> tuple[str, lis
             for task in loaded.values():
                 task.set_fewshot_seed(_FEWSHOT_SEED)
                 task.build_all_requests()
+                _remember(task)
     except Exception as error:  # the harness, datasets and the task's own code raise whatever they like
         raise UserError(
             f"task '{plain}'{place}: cannot be loaded: {_reason(error)}. Is its data there? Paths are taken from the YAML file's folder."
@@ -138,6 +141,26 @@ def _items(task: Any, metric: str | None, place: str) -> Iterator[Item]:
         if number == 0:  # a metric that cannot be used is found before any model is asked
             item.mark([(0.0, False) if request.generation is None else "" for request in requests])
         yield item
+
+
+def _remember(task: Any) -> None:
+    """Right answers and choices of a document are rendered once; the harness compiles their templates anew for every mark."""
+    for name in ("doc_to_target", "doc_to_choice"):
+        setattr(task, name, _remembering(getattr(task, name)))
+
+
+def _remembering(function: Callable[..., Any]) -> Callable[..., Any]:
+    known: dict[int, tuple[Any, Any]] = {}
+
+    @functools.wraps(function)
+    def remembered(document: Any, *arguments: Any, **options: Any) -> Any:
+        if arguments or options:
+            return function(document, *arguments, **options)
+        if id(document) not in known:
+            known[id(document)] = document, function(document)  # with the document, so that its id is nobody else's
+        return copy.copy(known[id(document)][1])
+
+    return remembered
 
 
 def _golds(task: Any, document: Any, requests: int) -> tuple[int, ...]:

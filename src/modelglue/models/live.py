@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Container, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint import Checkpoint, file_bytes, file_place
+from modelglue.checkpoint.workers import single_thread
 from modelglue.errors import CheckpointError
 from modelglue.models.build import empty_model
 from modelglue.models.names import Step, loading_steps, some, uncovered
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
 
 #: what is on disk (names and shapes) and how it gets into a model: worked out once, however many candidates pass through the model
 _STEPS: weakref.WeakKeyDictionary[Any, tuple[list[tuple[str, tuple[int, ...]]], list[Step]]] = weakref.WeakKeyDictionary()
+
+#: elements below which threads are not worth starting
+_WORTH_THREADS = 2**24
 
 
 def load_live(checkpoint: Checkpoint, *, dtype: str | None = None) -> Any:
@@ -36,30 +42,37 @@ def load_live(checkpoint: Checkpoint, *, dtype: str | None = None) -> Any:
     return model
 
 
-def load_into(checkpoint: Checkpoint, model: Any) -> None:
+def load_into(checkpoint: Checkpoint, model: Any, *, keep: Container[str] = ()) -> None:
     """Write every tensor of the checkpoint into the model, in place; what stood there is gone.
 
-    Shapes and names must fit exactly, which is checked before anything is written: no tensor is dropped, none is left as it was. Values
-    are cast to the model's dtypes. Time: one read of the checkpoint. Memory: one chunk; for tensors that transformers fuses (experts),
-    twice one fused tensor.
+    Shapes and names must fit exactly, which is checked before anything is written: no tensor is dropped, none is left as it was but those
+    that `keep` names, which the caller knows to be there already. Values are cast to the model's dtypes. Time: one read of the checkpoint,
+    by as many threads as torch may use; every element is computed by one of them, so its value does not depend on how many there are.
+    Memory: one chunk of each input for every thread; for tensors that transformers fuses (experts), twice one fused tensor.
     """
     import torch
 
     steps = _fitting_steps(checkpoint, model)
     places: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     seen: dict[int, str] = {}
+    plain: list[tuple[str, torch.Tensor]] = []
     with torch.no_grad():
         for step in steps:
+            sources = [name for name, _ in step.sources]
+            kept = all(name in keep for name in sources)
             if step.converter is not None:
-                for live, value in step.convert([checkpoint.tensor(name) for name, _ in step.sources], model).items():
-                    places[live].copy_(value)
+                if not kept:
+                    for live, value in step.convert([checkpoint.tensor(name) for name in sources], model).items():
+                        places[live].copy_(value)
                 continue
-            place, name = places[step.live], step.sources[0][0]
-            if id(place) in seen:
-                _check_tied(checkpoint, name, seen[id(place)])
-            else:
+            place, name = places[step.live], sources[0]
+            if id(place) not in seen:
                 seen[id(place)] = name
-                _stream(checkpoint, name, place)
+                if not kept:
+                    plain.append((name, place))
+            elif not (kept and seen[id(place)] in keep):
+                _check_tied(checkpoint, name, seen[id(place)])
+        _write(checkpoint, plain)
 
 
 def check_fit(checkpoint: Checkpoint) -> None:
@@ -127,6 +140,55 @@ def _live_shapes(step: Step, shapes: dict[str, tuple[int, ...]], model: Any, lab
         names = [name for name, _ in step.sources]
         raise CheckpointError(f"{label}: '{step.live}' cannot be made of {some(names)}: {error}") from error
     return {live: tuple(value.shape) for live, value in made.items()}
+
+
+def _write(checkpoint: Checkpoint, plain: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Tensors to their places: small neighbours together, large ones by threads if each can be read by itself."""
+    import torch
+
+    jobs = list(_runs(checkpoint, plain))
+    threads = min(torch.get_num_threads(), len(jobs))
+    if (
+        threads < 2
+        or sum(place.numel() for _, place in plain) < _WORTH_THREADS
+        or not all(checkpoint.splittable(name) for name, _ in plain)
+    ):
+        for job in jobs:
+            _write_run(checkpoint, job)
+        return
+    checkpoint.prepare([name for name, _ in plain])
+    with single_thread(), ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for done in [pool.submit(_write_run, checkpoint, job) for job in sorted(jobs, key=lambda job: -sum(p.numel() for _, p in job))]:
+            done.result()
+
+
+def _runs(checkpoint: Checkpoint, plain: Sequence[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Neighbours of one stored dtype that make no more than a chunk; whoever is more is alone."""
+    run: list[tuple[str, torch.Tensor]] = []
+    size, dtype = 0, ""
+    for name, place in plain:
+        info = checkpoint.info(name)
+        if run and (size + info.numel > CHUNK_ELEMENTS or info.dtype != dtype):
+            yield run
+            run, size = [], 0
+        run.append((name, place))
+        size, dtype = size + info.numel, info.dtype
+    if run:
+        yield run
+
+
+def _write_run(checkpoint: Checkpoint, run: Sequence[tuple[str, torch.Tensor]]) -> None:
+    import torch
+
+    with torch.no_grad():
+        if len(run) == 1:
+            _stream(checkpoint, *run[0])
+            return
+        values = checkpoint.together([name for name, _ in run])
+        start = 0
+        for _, place in run:
+            place.copy_(values[start : start + place.numel()].view(place.shape))
+            start += place.numel()
 
 
 def _stream(checkpoint: Checkpoint, name: str, place: torch.Tensor) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any, final
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, final
 
 from modelglue.checkpoint.protocol import Checkpoint, SideFile
 from modelglue.checkpoint.vocabulary.over import OverCheckpoint, updated
+
+if TYPE_CHECKING:
+    import torch
 
 
 def dressed(
@@ -36,6 +39,12 @@ class DressedCheckpoint(OverCheckpoint):
         self._config = dict(config)
         self._files = dict(files)
         self._description = dict(description)
+
+    def together(self, names: Sequence[str]) -> torch.Tensor:
+        return self._source.together(names)
+
+    def values_of(self, name: str) -> Hashable:
+        return self._source.values_of(name)
 
     @property
     def config(self) -> Mapping[str, Any]:

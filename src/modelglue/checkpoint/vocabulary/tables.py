@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelglue.checkpoint.protocol import Checkpoint
+from modelglue.checkpoint.remembered import once_per_checkpoint
 from modelglue.checkpoint.tensor_names import layer_of
 
 #: configs of models with several towers keep the language model's fields in one of these
@@ -53,6 +54,7 @@ def config_rows(config: Mapping[str, Any]) -> int | None:
     return None
 
 
+@once_per_checkpoint
 def tables_of(checkpoint: Checkpoint) -> Tables:
     """Find the tables of a checkpoint; headers only.
 

@@ -1,0 +1,164 @@
+"""Processes that answer for candidates, each with a resident model of its own; the caller keeps items, marks and store.
+
+A lane gets (candidate, its key, the requests of some items) and gives the replies, so neither tasks nor scores ever travel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol, TypeAlias
+
+from modelglue.errors import ModelGlueError, WorkerDiedError
+from modelglue.evaluation.members import Members
+from modelglue.evaluation.resident import ResidentModel
+from modelglue.evaluation.scoring import Answers, Questions, answer
+from modelglue.recipe import Candidate
+
+#: candidate, its key, what is asked
+Unit: TypeAlias = tuple[Candidate, str, Questions]
+#: what a unit comes back as: replies and tokens of its items, or what went wrong
+Outcome: TypeAlias = tuple[Answers, list[int]] | Exception
+
+
+class Crew(Protocol):
+    """Lanes by number; every lane does one unit at a time."""
+
+    lanes: int
+
+    def give(self, lane: int, unit: Unit) -> None: ...
+    def wait(self, timeout: float | None) -> Iterator[tuple[int, Outcome]]:
+        """Lanes that have finished, as soon as there is one; none when the time is over. WorkerDiedError where a lane has died."""
+
+    def renew(self, lane: int) -> None:
+        """End whatever the lane does, and have a fresh one in its place."""
+
+    def close(self) -> None: ...
+
+
+class Worker:
+    """What runs in a lane."""
+
+    def __init__(self, members: Members, device: str | None) -> None:
+        self._members = members
+        self._resident = ResidentModel(device)
+
+    def do(self, unit: Unit) -> Outcome:
+        candidate, key, questions = unit
+        try:
+            return answer(self._resident.holding(self._members.expression(candidate), key), questions)
+        except Exception as error:  # whatever it is, the caller decides what it means for the candidate
+            return _portable(error)
+
+
+class Processes:
+    """Lanes that are processes of this machine, started when they are first needed and alive until `close`.
+
+    They are forked where that is safe and cheap (Linux, no CUDA context in this process). A lane ends with its parent.
+    """
+
+    def __init__(self, members: Members, lanes: int, device: str | None = None) -> None:
+        self.lanes = lanes
+        self._members = members
+        self._device = device
+        self._running: dict[int, tuple[Any, Connection]] = {}
+        self._busy: set[int] = set()
+
+    def give(self, lane: int, unit: Unit) -> None:
+        if lane not in self._running:
+            self._running[lane] = self._started(lane)
+        self._busy.add(lane)
+        with contextlib.suppress(BrokenPipeError):  # it has died: `wait` finds that out
+            self._running[lane][1].send(unit)
+
+    def wait(self, timeout: float | None) -> Iterator[tuple[int, Outcome]]:
+        lanes: Mapping[Any, int] = {self._running[lane][1]: lane for lane in sorted(self._busy)}
+        for connection in wait(list(lanes), timeout):
+            lane = lanes[connection]
+            try:
+                outcome: Outcome = self._running[lane][1].recv()
+            except (EOFError, OSError):
+                self.renew(lane)
+                outcome = WorkerDiedError("the worker process died, probably for want of memory.")
+            self._busy.discard(lane)
+            yield lane, outcome
+
+    def renew(self, lane: int) -> None:
+        self._busy.discard(lane)
+        process, connection = self._running.pop(lane, (None, None))
+        if process is not None and connection is not None:
+            process.kill()
+            process.join()
+            connection.close()
+
+    def close(self) -> None:
+        for lane in list(self._running):
+            self.renew(lane)
+
+    def _started(self, lane: int) -> tuple[Any, Connection]:
+        torch = sys.modules.get("torch")
+        fork = sys.platform.startswith("linux") and not (torch is not None and torch.cuda.is_initialized())
+        context = multiprocessing.get_context("fork" if fork else "spawn")
+        ours, theirs = context.Pipe()
+        others = [connection for _, connection in self._running.values()] if fork else []
+        process = context.Process(  # type: ignore[attr-defined]
+            target=_serve, args=(theirs, [ours, *others] if fork else [], self._members, _device_of(self._device, lane)), daemon=True
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: the child starts none of theirs
+            process.start()
+        theirs.close()
+        return process, ours
+
+
+def _device_of(device: str | None, lane: int) -> str | None:
+    """One accelerator per lane, in turn; a device with a number is everybody's."""
+    if device is None or device == "cpu":
+        return None
+    if ":" in device:
+        return device
+    import torch
+
+    count = getattr(torch, device).device_count()
+    return f"{device}:{lane % count}" if count else device
+
+
+def _serve(connection: Connection, foreign: list[Connection], members: Members, device: str | None) -> None:
+    for other in foreign:  # a forked process has them all; a pipe ends only when nobody has its end
+        other.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(AttributeError):
+            set_death_signal = 1
+            ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+    import torch
+
+    torch.set_num_threads(1)
+    worker = Worker(members, device)
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
+        while True:
+            connection.send(worker.do(connection.recv()))
+    os._exit(0)
+
+
+def _portable(error: Exception) -> Exception:
+    """An exception that survives the way back: our own as they are, torch's and other people's as text."""
+    if isinstance(error, ModelGlueError | MemoryError | TimeoutError):
+        return type(error)(str(error))
+    if is_out_of_memory(error):
+        return MemoryError(str(error))
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python had no memory, of the machine or of an accelerator."""
+    text = str(error).lower()
+    torchs = isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return torchs or isinstance(error, MemoryError)
