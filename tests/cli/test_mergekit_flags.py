@@ -40,6 +40,9 @@ def test_every_flag_is_known(name: str) -> None:
         (["--random-seed", "5"], ["--seed", "5"]),
         (["--random-seed=5"], ["--seed", "5"]),
         (["-j", "3"], ["--workers", "3"]),
+        (["-j3"], ["--workers", "3"]),
+        (["-jx", "-x", "-"], ["-jx", "-x", "-"]),
+        (["--quiet", "--no-quiet"], ["--quiet"]),
         (["--num-threads", "3"], ["--workers", "3"]),
         (["--allow-crimes"], ["--allow-mixed"]),
         (["--unsafe-truncate-embeddings"], ["--truncate-vocabulary"]),
@@ -65,6 +68,7 @@ def test_what_is_obeyed(given: list[str], expected: list[str]) -> None:
     [
         (["--lazy-unpickle"], "--lazy-unpickle: not needed here: weights are always read lazily, and pickled ones never executed."),
         (["-v"], "--verbose: not needed here: there is one progress bar; --json prints what was done."),
+        (["-vvv"], "--verbose: not needed here: there is one progress bar;"),
         (["--lora-merge-cache", "/tmp/x"], "--lora-merge-cache: not needed here: adapters are applied while their base is read,"),
         (["--no-copy-tokenizer"], "--no-copy-tokenizer: a model without its tokenizer is of no use; remove the files by hand"),
         (["--no-write-model-card"], "--no-write-model-card: the card is written all the same;"),

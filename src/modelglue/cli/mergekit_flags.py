@@ -51,6 +51,7 @@ FLAGS = {
     "safe-serialization": Flag(why="safetensors is always what is written"),
     "async-write": Flag(why="reading, arithmetic and writing always overlap"),
     "write-threads": Flag(True, why="every worker writes its own part; see --workers"),
+    "quiet": Flag(ours=lambda _: ["--quiet"]),
     "verbose": Flag(why="there is one progress bar; --json prints what was done"),
 }
 #: what their "no" means where that is not just the default: nothing here either, but they are told so
@@ -59,7 +60,13 @@ NEGATED = {
     "write-model-card": "the card is written all the same; remove README.md by hand if it should not be there",
     "safe-serialization": "pickled weights are never written",
 }
-_SHORT = {"-j": "--num-threads", "-v": "--verbose", "-vv": "--verbose"}
+
+
+def _long(token: str) -> str:
+    """The long form of -j 4, -j4, -v and -vv."""
+    if token.startswith("-j") and (token == "-j" or token[2:].isdecimal()):
+        return f"--num-threads={token[2:]}" if token[2:] else "--num-threads"
+    return "--verbose" if token.startswith("-v") and set(token[1:]) == {"v"} else token
 
 
 def translate(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -72,7 +79,7 @@ def translate(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
     waiting = list(tokens)
     while waiting:
         token = waiting.pop(0)
-        name, equals, value = _SHORT.get(token, token).partition("=")
+        name, equals, value = _long(token).partition("=")
         name = name.removeprefix("--") if name.startswith("--") else ""
         negated = name.startswith("no-") and name[3:] in FLAGS and not FLAGS[name[3:]].takes_value
         flag = FLAGS.get(name[3:] if negated else name)
