@@ -24,7 +24,7 @@ FLOOR_NAMES = {
     "evaluation": "CandidateEvaluator ScoreStore TaskSet evaluate leak_check score_text_model",
     "methods": "Method Parameter PerModel Range all_methods get method per_model",
     "recipe": """
-        FORMAT LEVELS WHOLE Candidate CheckReport Cost Document Evaluator Level Plan Recipe Request Scorer Scores Status build
+        DATA_FLOW FORMAT LEVELS WHOLE Candidate CheckReport Cost Document Evaluator Level Plan Recipe Request Scorer Scores Status build
         build_with_warnings canonical check check_mergeable dump interval linear_recipe load_document merge paired_interval
         parse_document read_document read_recipe read_with_models validate vocabulary warnings_of
     """,

@@ -1,7 +1,7 @@
 """Floor 3: recipes in, checkpoint expressions out; and the words in which search and evaluation talk."""
 
 from modelglue.recipe.build import build, build_with_warnings, linear_recipe, merge, read_with_models
-from modelglue.recipe.candidate import LEVELS, WHOLE, Candidate, Cost, Evaluator, Level, Plan, Request, Scorer, Scores, Status
+from modelglue.recipe.candidate import DATA_FLOW, LEVELS, WHOLE, Candidate, Cost, Evaluator, Level, Plan, Request, Scorer, Scores, Status
 from modelglue.recipe.canonical import canonical, dump
 from modelglue.recipe.check import CheckReport, check
 from modelglue.recipe.document import Document, load_document, parse_document, read_document, validate
@@ -11,6 +11,7 @@ from modelglue.recipe.read import read_recipe
 from modelglue.recipe.schema import FORMAT, Recipe
 
 __all__ = [
+    "DATA_FLOW",
     "FORMAT",
     "LEVELS",
     "WHOLE",

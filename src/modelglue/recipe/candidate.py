@@ -27,6 +27,8 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 #: `invalid`: the candidate's answers are no numbers, or it is no model; `failed`: it could not be scored (memory, time, an exception);
 #: `pruned`: it was given up on, and the items that it has are a prefix
 Status: TypeAlias = Literal["ok", "invalid", "failed", "pruned"]
+#: the method of a candidate that is a path through layers: `donor`, and `hops` of {model, layer, scale}
+DATA_FLOW = "data_flow"
 #: item id of tasks that give one number and have no items
 WHOLE = "*"
 
@@ -133,7 +135,7 @@ class Candidate:
 
 
 #: keys of a recipe under which models stand
-_OF_MODELS = ("model", "base")
+_OF_MODELS = ("model", "base", "donor")
 
 
 def _named(node: Any) -> Iterator[str]:
@@ -154,7 +156,7 @@ def _merged(recipe: Mapping[str, Any]) -> Iterator[str]:
     modules = recipe.get("modules", {}).values()
     slices = [part for owner in (recipe, *modules) for part in owner.get("slices", [])]
     for owner in (recipe, *modules, *slices):
-        for entry in owner.get("models", []):
+        for entry in [*owner.get("models", []), *owner.get("hops", [])]:
             if isinstance(entry["model"], str):
                 yield entry["model"]
             else:

@@ -63,6 +63,12 @@ class CmaSearch:
         self._since_best = 0
         self._parents: tuple[int, ...] = ()
 
+    def lasting(self, trials: int, generations: int) -> CmaSearch:
+        """The same, ending after so many trials or generations, whichever is more, if it has not ended before."""
+        if self._trials is None:
+            self._trials = max(trials, generations * self._population) + 1  # the start is one more
+        return self
+
     def ask(self, n: int) -> list[Proposal]:
         self._optimiser.reseed_rng(int(rng(self._seed, self._name, self._generation).integers(2**31)))
         extra: list[Proposal] = []

@@ -55,7 +55,9 @@ class HeuristicSearch:
 
     @property
     def needs(self) -> Needs:
-        return Needs(racing="off" if self.ranking is None else "batch")
+        if self.ranking is None or self._running is None:
+            return Needs(racing="off")
+        return Needs(racing="batch", rival=self._running.current.outcome.id)
 
     @property
     def name(self) -> str | None:

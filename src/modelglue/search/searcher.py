@@ -29,6 +29,8 @@ class Needs:
 
     levels: frozenset[Level] = frozenset({"E0"})
     racing: Racing = "incumbent"
+    rival: int | None = None
+    """Id of the candidate that those asked for now have to beat; default: the best so far."""
 
     def check(self, evaluator: Evaluator, who: str) -> None:
         """UserError if the evaluator offers less than is needed."""

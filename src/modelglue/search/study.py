@@ -152,13 +152,16 @@ class Study:
         by_id = dict(zip(ids, proposals, strict=True))
         waiting = list(fresh.values())
         self._stalled = 0 if waiting else self._stalled + len(proposals)
-        racing = self.searcher.needs.racing if self._can_race else "off"
+        needs = self.searcher.needs
+        racing = needs.racing if self._can_race else "off"
+        rivals = [outcome for outcome in self.outcomes if outcome.id == needs.rival and outcome.whole]
+        incumbents = rivals or ranked(self.outcomes)[:1]
         while waiting:
             count = self._affordable(len(waiting))
             if not count:
                 return None
             wave, waiting = waiting[:count], waiting[count:]
-            scored = self._race({id_: by_id[id_] for id_ in wave}, racing)
+            scored = self._race({id_: by_id[id_] for id_ in wave}, racing, incumbents)
             if scored is None:
                 return None
             found |= scored
@@ -184,9 +187,8 @@ class Study:
         self._batches += 1
         return [row.id for row in rows]
 
-    def _race(self, proposals: Mapping[int, Proposal], racing: Racing) -> dict[int, Outcome] | None:
+    def _race(self, proposals: Mapping[int, Proposal], racing: Racing, incumbents: Sequence[Outcome]) -> dict[int, Outcome] | None:
         """Score candidates part by part, giving up those that are surely behind; None when the time is up."""
-        incumbents = ranked(self.outcomes)[:1]
         scores: dict[int, Scores] = {}
         behind: dict[int, tuple[int, float]] = {}  # id -> who is ahead, and the most that the difference may be
         order: list[int] = []

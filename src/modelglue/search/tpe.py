@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,10 +25,11 @@ class TpeSearch:
         self, decoder: Decoder, *, seed: int = 0, trials: int | None = None, startup: int = 10, start: Sequence[Params] = ()
     ) -> None:
         optuna = _optuna()
-        sampler = optuna.samplers.TPESampler(
-            seed=int(rng(seed, "tpe").integers(2**31)), multivariate=True, group=True, n_startup_trials=startup, constant_liar=True,
-            warn_independent_sampling=False,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is experimental there is held to by a test here
+            sampler = optuna.samplers.TPESampler(
+                seed=int(rng(seed, "tpe").integers(2**31)), multivariate=True, group=True, n_startup_trials=startup, constant_liar=True
+            )
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._decoder, self._trials, self._count = decoder, trials, 0
         self._start = [decoder.space.canonical(params) for params in start]
