@@ -321,7 +321,10 @@ def test_one_of_a_tied_pair_changes_both(tmp_path: Path) -> None:
     adapted = open_adapted(tied, [write_adapter(tmp_path / "a", tensors)], "base+a")
     assert adapted.names() == tied.names()
     near(adapted.tensor(f"{EMBEDDING}.weight"), tied.tensor(f"{EMBEDDING}.weight") + added)
-    assert f"'{EMBEDDING}.weight' is adapted and tied to '{HEAD}.weight', which changes with it." in adapted.warnings
+    assert adapted.warnings == (
+        f"'{EMBEDDING}.weight' is adapted and tied to '{HEAD}.weight', which changes with it; "
+        f"PEFT leaves '{HEAD}.weight' as it was while it runs the adapter.",
+    )
     head = linear(HEAD, 9, 5)
     adapted = open_adapted(tied, [write_adapter(tmp_path / "b", head)], "base+b")
     assert adapted.names() == tied.names()
@@ -458,6 +461,44 @@ def test_another_prefix_is_found_and_reported(tmp_path: Path, theirs: str, ours:
     adapted = open_adapted(base, [write_adapter(tmp_path / "a", tensors)], "base+a")
     near(adapted.tensor(f"{ours}.weight"), base.tensor(f"{ours}.weight") + update(tensors, theirs))
     assert adapted.warnings == (f"{tmp_path}/a: its modules are called otherwise in the base: '{theirs}' is taken for '{ours}'.",)
+
+
+def test_every_tower_may_have_a_prefix_of_its_own(tmp_path: Path) -> None:
+    """Live models of several towers call their modules otherwise than their files, each tower in its own way; heads as well."""
+    q, fc, head = "layers.0.q", "encoder.fc", "lm_head"
+    shapes = {f"language_model.model.{q}": (6, 5), f"vision_tower.{fc}": (3, 2), f"language_model.{head}": (9, 6)}
+    base = TensorsCheckpoint({f"{module}.weight": randn(*shape) for module, shape in shapes.items()})
+    text, image, new = linear(f"model.language_model.{q}", 6, 5), linear(f"model.vision_tower.{fc}", 3, 2), randn(9, 6, seed=9)
+    saved = {f"{head}.weight": new, "score.weight": randn(2, 6)}
+    for number, tensors in enumerate(({**text, **image, **saved}, {**text, **saved})):
+        adapter = write_adapter(tmp_path / str(number), tensors, modules_to_save=[head, "score"])
+        adapted = open_adapted(base, [adapter], "base+a")
+        near(
+            adapted.tensor(f"language_model.model.{q}.weight"),
+            base.tensor(f"language_model.model.{q}.weight") + update(text, f"model.language_model.{q}"),
+        )
+        expected = base.tensor(f"vision_tower.{fc}.weight") + (update(image, f"model.vision_tower.{fc}") if number == 0 else 0)
+        near(adapted.tensor(f"vision_tower.{fc}.weight"), expected)
+        assert torch.equal(adapted.tensor(f"language_model.{head}.weight"), new)
+        assert set(adapted.names()) == {*base.names(), "score.weight"}
+
+
+@pytest.mark.parametrize("how", ["updated", "saved"])
+@pytest.mark.parametrize(("live", "file"), [("lm_head", "embed_out"), ("model.layers.0.mlp.gate", "model.layers.0.block_sparse_moe.gate")])
+def test_modules_that_the_files_of_a_class_call_otherwise(tmp_path: Path, live: str, file: str, how: str) -> None:
+    base = TensorsCheckpoint({f"{file}.weight": randn(6, 5), "model.norm.weight": randn(5)})
+    tensors = linear(live, 6, 5) if how == "updated" else {f"{live}.weight": randn(6, 5, seed=3)}
+    adapted = open_adapted(base, [write_adapter(tmp_path / "a", tensors, modules_to_save=[live] if how == "saved" else None)], "base+a")
+    expected = base.tensor(f"{file}.weight") + update(tensors, live) if how == "updated" else tensors[f"{live}.weight"]
+    near(adapted.tensor(f"{file}.weight"), expected)
+    assert (adapted.names(), adapted.warnings) == (base.names(), ())
+
+
+def test_a_classifier_has_no_head_that_is_tied(tmp_path: Path) -> None:
+    config = {"architectures": ["BertForSequenceClassification"], "vocab_size": 9}
+    classifier = without(base_model(), f"{HEAD}.weight", config=config)
+    adapted = open_adapted(classifier, [write_adapter(tmp_path / "a", embedding_update(1))], "base+a")
+    assert (adapted.warnings, changed(adapted, classifier)) == ((), [f"{EMBEDDING}.weight"])
 
 
 def test_two_possible_prefixes_are_refused(tmp_path: Path) -> None:

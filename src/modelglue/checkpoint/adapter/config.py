@@ -17,7 +17,7 @@ CONFIG_FILE = "adapter_config.json"
 #: our own key: how a square expert parameter is stored, where its shape cannot tell
 LAYOUT_KEY = "modelglue_expert_layout"
 LAYOUTS = ("out_in", "in_out")
-_PLAIN = re.compile(r"[\w.-]+")
+_PLAIN = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 #: settings under which the adapter is no update of the base that it is given -> why
 _REFUSED = {

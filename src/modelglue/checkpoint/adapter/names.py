@@ -8,10 +8,12 @@ from typing import Any
 from modelglue.checkpoint.protocol import Checkpoint
 from modelglue.errors import CheckpointError
 
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings", "embeddings")
 _HEADS = ("lm_head", "embed_out", "output")
 #: what live models call some modules -> what their files do
-_RENAMED = ((".mlp.experts", ".block_sparse_moe.experts"),)
+_RENAMED = ((".mlp.experts", ".block_sparse_moe.experts"), (".mlp.gate", ".block_sparse_moe.gate"), ("lm_head", "embed_out"))
+#: classes that turn states into logits of tokens
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 _SHOWN = 4
 
 
@@ -21,22 +23,46 @@ def on_disk(module: str, known: set[str]) -> str:
     return renamed[0] if module not in known and renamed and renamed[0] in known else module
 
 
-def mapped_prefix(modules: Iterable[str], known: set[str], label: str) -> tuple[str, str]:
-    """(old, new): the one change of prefix by which every module of `modules` becomes one of `known`.
+def with_other_prefix(modules: Iterable[str], added: Iterable[str], known: set[str], label: str) -> dict[str, str]:
+    """Module -> the one of `known` that it becomes by a change of prefix: the same for all of them, or the same for each tower.
 
+    Live models of several towers put names before every one of them that their files do not have; the two leading names tell a tower.
     At most two leading names are taken off and at most two put on, as few as possible in all. CheckpointError if none fits, or two.
+    Modules of `added` may also be none of `known`.
     """
-    missing = list(modules)
+    missing = list(dict.fromkeys(modules))
+    towers: dict[tuple[str, ...], list[str]] = {}
+    for module in missing:
+        towers.setdefault(tuple(module.split(".")[:2]), []).append(module)
+    whole = bool(_fitting(missing, known)) or not all(_fitting(tower, known) for tower in towers.values())
+    changes: list[tuple[str, str]] = []
+    found: dict[str, str] = {}
+    for part in [missing] if whole else towers.values():
+        old, new = _cheapest(_fitting(part, known), part, label)
+        changes.append((old, new))
+        found |= {module: new + module.removeprefix(old) for module in part}
+    for module in added:
+        others = [(old, new) for old, new in changes if module.startswith(old) and new + module.removeprefix(old) in known]
+        if others or (others := _fitting([module], known)):
+            old, new = _cheapest(others, [module], label)
+            found[module] = new + module.removeprefix(old)
+    return found
+
+
+def _fitting(missing: Sequence[str], known: set[str]) -> list[tuple[str, str]]:
     heads = {""} | {".".join(name.split(".")[:count]) + "." for name in known for count in (1, 2)}
     first = missing[0].split(".")
     taken = [""] + [".".join(first[:count]) + "." for count in (1, 2) if count < len(first)]
-    fitting = [
+    return [
         (old, new)
         for old in taken
         if all(module.startswith(old) for module in missing)
         for new in sorted(heads)
         if old != new and all(new + module.removeprefix(old) in known for module in missing)
     ]
+
+
+def _cheapest(fitting: Sequence[tuple[str, str]], missing: Sequence[str], label: str) -> tuple[str, str]:
     listed = ", ".join(f"'{module}'" for module in missing[:_SHOWN]) + (
         f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
     )
@@ -75,6 +101,12 @@ def is_tied(config: Mapping[str, Any], head_on_disk: bool) -> bool:
     """Whether embedding and head are one tensor: what the config says, else whether the base goes without a head."""
     said = _field(config, "tie_word_embeddings")
     return bool(said) if isinstance(said, bool) else not head_on_disk
+
+
+def may_have_head(config: Mapping[str, Any]) -> bool:
+    """Whether a model of this config turns states into logits of tokens; where its class is not known, it may."""
+    names = config.get("architectures")
+    return not (isinstance(names, list) and names) or str(names[0]).endswith(_LANGUAGE_MODELS)
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:

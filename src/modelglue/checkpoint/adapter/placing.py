@@ -101,13 +101,11 @@ class _Placing:
         wanted = dict.fromkeys([*(update.module for update in adapter.updates.values()), *adapter.tokens])
         replaced = {tensor.rpartition(".")[0]: tensor for tensor in adapter.replaced if tensor not in self.names}
         own = {module for module, tensor in replaced.items() if adapter.config.is_saved(tensor) and module not in wanted}
-        heads = {"lm_head", "embed_out"} if self._may_be_tied() else set()
-        called = {module: naming.on_disk(module, self.modules) for module in wanted}
-        missing = [module for module in [*wanted, *replaced] if called.get(module, module) not in self.modules | heads | own]
+        called = {module: naming.on_disk(module, self.modules) for module in [*wanted, *replaced]}
+        there = self.modules | own | ({"lm_head", "embed_out"} if self._may_be_tied() else set())
+        missing = [module for module in called if called[module] not in there]
         if missing:
-            old, new = naming.mapped_prefix(missing, self.modules, str(adapter.path))
-            known = [module for module in own if module.startswith(old) and new + module.removeprefix(old) in self.modules]
-            called.update({module: new + module.removeprefix(old) for module in [*missing, *known]})
+            called |= naming.with_other_prefix(missing, sorted(own), self.modules, str(adapter.path))
             self.warnings.append(
                 f"{adapter.path}: its modules are called otherwise in the base: '{missing[0]}' is taken for '{called[missing[0]]}'"
                 + (f", and {len(missing) - 1} more likewise." if len(missing) > 1 else ".")
@@ -117,7 +115,10 @@ class _Placing:
         return called
 
     def _may_be_tied(self) -> bool:
-        return self.head is None and self.embedding is not None and naming.is_tied(self.base.config, head_on_disk=False)
+        config = self.base.config
+        return (
+            self.head is None and self.embedding is not None and naming.is_tied(config, head_on_disk=False) and naming.may_have_head(config)
+        )
 
     # -- what happens to a tensor ---------------------------------------------------------------------------------------
 
@@ -332,7 +333,10 @@ class _Placing:
             return False
         if ours is None or theirs is None:
             changed, other = (self.embedding, head) if ours is not None else (head, self.embedding)
-            self.warnings.append(f"'{changed}' is adapted and tied to '{other}', which changes with it.")
+            self.warnings.append(
+                f"'{changed}' is adapted and tied to '{other}', which changes with it; "
+                f"PEFT leaves '{other}' as it was while it runs the adapter."
+            )
         elif not equal_changes(ours, theirs):
             self.warnings.append(f"'{self.embedding}' and '{head}' are tied and adapted differently: the output has both, untied.")
             return True
