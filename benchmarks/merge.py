@@ -112,13 +112,19 @@ def measure(options: argparse.Namespace) -> None:
                 merges[method, mode].append(merge(recipes[method], scratch, options, mode))
             if other:
                 others[method].append(merge_elsewhere(other, scratch, method, folders))
+            if options.json:  # after every method, because a long measurement may be cut short
+                write_raw(options.json, copies, merges, others)
     memory = {key: merge(recipes[key[0]], scratch, options, key[1], sample=True).private_mb for key in merges}
     report(options, folders, copies, merges, memory, others)
-    if options.json:
-        raw = {f"{method} {mode}": [vars(r) for r in runs] for (method, mode), runs in merges.items()}
-        raw |= {f"{method} mergekit": [vars(r) for r in runs] for method, runs in others.items()}
-        raw |= {f"copy {count}": [vars(r) for r in runs] for count, runs in copies.items()}
-        options.json.write_text(json.dumps(raw, indent=2), encoding="utf-8")
+
+
+def write_raw(
+    path: Path, copies: Mapping[int, Sequence[Run]], merges: Mapping[tuple[str, str], Sequence[Run]], others: Mapping[str, Sequence[Run]]
+) -> None:
+    raw = {f"{method} {mode}": [vars(r) for r in runs] for (method, mode), runs in merges.items()}
+    raw |= {f"{method} mergekit": [vars(r) for r in runs] for method, runs in others.items()}
+    raw |= {f"copy {count}": [vars(r) for r in runs] for count, runs in copies.items()}
+    path.write_text(json.dumps(raw, indent=2), encoding="utf-8")
 
 
 def inputs_of(method: str) -> int:
