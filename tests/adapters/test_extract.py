@@ -85,14 +85,15 @@ def test_the_strictest_limit_decides_the_rank(limits: dict[str, Any], rank: int)
 
 
 def test_a_sketch_finds_what_the_whole_decomposition_finds() -> None:
-    low = randn(200, 5, seed=1) @ randn(5, 160, seed=2)
-    matrix = low + 0.01 * randn(200, 160, seed=3)
+    low = randn(300, 5, seed=1) @ randn(5, 260, seed=2)
+    matrix = low + 0.01 * randn(300, 260, seed=3)
     exact, sketched = (truncated_svd(matrix, max_rank=5, exact=exact, seed="w") for exact in (True, False))
     torch.testing.assert_close(sketched.s, exact.s, rtol=1e-5, atol=1e-5)
     A, B = sketched.factors()
     torch.testing.assert_close(B @ A, exact.factors()[1] @ exact.factors()[0], rtol=1e-3, atol=1e-3)
     assert residual(matrix, A, B) <= residual(matrix, *exact.factors()) * 1.0001
     assert torch.equal(truncated_svd(matrix, max_rank=5, seed="w").U, sketched.U)
+    assert not torch.equal(truncated_svd(matrix, max_rank=5, seed="other").U, sketched.U)
 
 
 def test_products_are_decomposed_without_being_formed() -> None:

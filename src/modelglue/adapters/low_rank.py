@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 #: a sketch takes so many directions more than are wanted, and multiplies so often by the matrix and its transpose
 _OVERSAMPLING = 10
 _POWER_ITERATIONS = 2
+#: a matrix whose smaller side is at most this is decomposed whole, in hundredths of a second
+_SKETCHED_ABOVE = 256
 #: matrices up to this size are decomposed in float64: it costs nothing there
 _SMALL = 1024
 #: rows of a residual at a time
@@ -56,7 +58,7 @@ def truncated_svd(
     """The leading singular triples of a float32 matrix (o, i): as few as the strictest of the limits allows.
 
     `max_rank`; singular values above `sv_epsilon`; the smallest number that carries the share `energy` of the squared norm. Where
-    `max_rank` is below an eighth of the smaller side and `exact` is not set, the leading part is found by a random range finder
+    `max_rank` is below an eighth of the smaller side, which is above 256, and `exact` is not set, the leading part is found by a random range finder
     (Halko, Martinsson and Tropp, arXiv 0909.4061) with 10 more directions and 2 power iterations; `seed` says which random numbers.
 
     Time O(o i min(o, i)), by sketch O(o i k). Memory: one more matrix of that size (two where it is small).
@@ -68,7 +70,7 @@ def truncated_svd(
     if norm == 0 or sides == 0:
         empty = matrix.new_zeros
         return Truncation(empty(matrix.shape[0], 0), empty(0), empty(matrix.shape[1], 0), 0.0, 0.0)
-    if max_rank is not None and max_rank < sides / 8 and not exact:
+    if max_rank is not None and max_rank < sides / 8 and sides > _SKETCHED_ABOVE and not exact:
         U, s, Vh = _sketched(matrix, max_rank, seed)
     else:
         wide = matrix.to(torch.float64) if max(matrix.shape) <= _SMALL else matrix
