@@ -117,9 +117,9 @@ def extract_lora(
     """Write an adapter that turns `base` into `model`, as nearly as its ranks allow: for every linear weight the best B A of its rank.
 
     The rank of each matrix is the smallest of: `max_rank` (64 unless another limit is given); the singular values above `sv_epsilon`; the
-    fewest that carry the share `energy` of the squared difference. Differences are taken in float32. Where `max_rank` is below an eighth
-    of a matrix's smaller side (and this above 256) a random sketch finds the directions, unless `exact`. Singular values are split between both factors, or
-    stand in A (`distribute` False). Every update has scale 1.
+    fewest that carry the share `energy` of the squared difference. Differences are taken in float32. Where `max_rank` is below an eighth of
+    a matrix's smaller side (and this above 256) a random sketch finds the directions, unless `exact`. Singular values are split between
+    both factors, or stand in A (`distribute` False). Every update has scale 1.
 
     Tables of embeddings are saved whole where they have changed, or decomposed too (`embed_lora`). Norms, biases of other layers, tables
     of another size, and what the base lacks are saved whole in modules_to_save, or left out (`save_others` False). Biases of decomposed

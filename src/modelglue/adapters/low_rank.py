@@ -58,8 +58,9 @@ def truncated_svd(
     """The leading singular triples of a float32 matrix (o, i): as few as the strictest of the limits allows.
 
     `max_rank`; singular values above `sv_epsilon`; the smallest number that carries the share `energy` of the squared norm. Where
-    `max_rank` is below an eighth of the smaller side, which is above 256, and `exact` is not set, the leading part is found by a random range finder
-    (Halko, Martinsson and Tropp, arXiv 0909.4061) with 10 more directions and 2 power iterations; `seed` says which random numbers.
+    `max_rank` is below an eighth of the smaller side, which is above 256, and `exact` is not set, the leading part is found by a random
+    range finder (Halko, Martinsson and Tropp, arXiv 0909.4061) with 10 more directions and 2 power iterations; `seed` says which random
+    numbers.
 
     Time O(o i min(o, i)), by sketch O(o i k). Memory: one more matrix of that size (two where it is small).
     """
