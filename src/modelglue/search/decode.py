@@ -15,6 +15,8 @@ from modelglue.search.space import Bool, Choice, Float, Int, Parameter, Params, 
 
 #: what is searched if nothing is said: parameter -> range
 RANGES: Mapping[str, tuple[float, float]] = {"weight": (0.0, 1.0), "density": (0.01, 1.0), "t": (0.0, 1.0), "select_topk": (0.01, 1.0)}
+#: the same for methods whose other parameters leave less: della's epsilon has a default of 0.15 on both sides of the density
+RANGES_OF: Mapping[str, Mapping[str, tuple[float, float]]] = {method: {"density": (0.16, 0.84)} for method in ("della", "della_linear")}
 #: weights that sum to less cannot be normalised
 _NO_SUM = 1e-3
 
@@ -114,10 +116,11 @@ class MergeSpace:
     def _searched(self) -> dict[str, Any]:
         """Parameter -> what is said of it, or its default range."""
         said = {name: value for name, value in self.parameters.items() if isinstance(value, list | Mapping)}
+        ranges = {**RANGES, **RANGES_OF.get(self.method, {})}
         defaults = {
-            parameter.name: list(RANGES[parameter.name])
+            parameter.name: list(ranges[parameter.name])
             for parameter in self._method.parameters
-            if parameter.name in RANGES and parameter.name not in self.parameters
+            if parameter.name in ranges and parameter.name not in self.parameters
         }
         order = [parameter.name for parameter in self._method.parameters]
         found = dict(sorted({**defaults, **said}.items(), key=lambda pair: order.index(pair[0])))

@@ -39,12 +39,12 @@ class SearchReport:
     def history(self) -> list[dict[str, Any]]:
         """Every candidate in order, with the best value so far and the items that had been asked for."""
         rows = []
-        best, items, seen = -math.inf, 0, set()
+        best, items = -math.inf, 0
+        paid: dict[str | None, int] = {}
         for outcome in self.outcomes:
             key = outcome.proposal.candidate.key if outcome.proposal.candidate else None
-            if key not in seen:
-                items += outcome.scores.cost.items
-            seen.add(key)
+            items += max(0, outcome.scores.cost.items - paid.get(key, 0))
+            paid[key] = max(paid.get(key, 0), outcome.scores.cost.items)
             best = max(best, outcome.value) if outcome.whole else best
             rows.append(
                 {

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from modelglue.errors import CheckpointError, MergeError, ModelGlueError, RecipeError, RunError, UserError
-from modelglue.recipe import WHOLE, Candidate, Cost, Evaluator, Plan, Request, Scores
+from modelglue.recipe import WHOLE, Candidate, Cost, Evaluator, Plan, Request, Scores, Status
 from modelglue.search.fitness import Everything, Fitness, Part
 from modelglue.search.journal import Asked, Journal, as_text
 from modelglue.search.objective import Objective
@@ -25,7 +25,7 @@ Listener = Callable[[str, dict[str, Any]], None]
 SEARCH, CONFIRM = "search", "confirm"
 #: a search that asked so often in a row for what it had seen already has nothing new to ask
 _STALLED = 200
-#: errors of one candidate; other errors of ours concern them all
+#: errors that say that a candidate is no model; other errors of ours concern all candidates
 _OF_ONE = (CheckpointError, MergeError, RecipeError)
 
 
@@ -62,6 +62,8 @@ class Study:
 
     def __post_init__(self) -> None:
         self._first: dict[str, Outcome] = {}  # by candidate key
+        self._rows: dict[int, int] = {}  # the candidate under which the journal keeps the scores of another one with the same key
+        self._paid: set[tuple[int, int]] = set()
         self._asked = 0
         self._batches = 0
         self._stalled = 0
@@ -136,26 +138,28 @@ class Study:
 
     def _score_batch(self, proposals: Sequence[Proposal]) -> list[Outcome] | None:
         """Outcomes in order, or None where the budget did not reach to the end of the batch."""
+        needs = self.searcher.needs
+        racing = needs.racing if self._can_race else "off"
+        rivals = [outcome for outcome in self.outcomes if outcome.id == needs.rival and outcome.whole]
+        incumbents = rivals or ranked(self.outcomes)[:1]
         ids = self._record(proposals)
         found: dict[int, Outcome] = {}
         fresh: dict[str, int] = {}  # key -> the first proposal of this batch that has it
         for id_, proposal in zip(ids, proposals, strict=True):
             if proposal.candidate is None:
                 found[id_] = Outcome(id_, proposal, "invalid", -math.inf, {})
-            elif (key := proposal.candidate.key) in self._first:
+            elif (key := proposal.candidate.key) in self._first and not _reopened(self._first[key], incumbents):
                 found[id_] = replace(self._first[key], id=id_, proposal=proposal)
                 self.counts["duplicates"] += 1
             elif key in fresh:
                 self.counts["duplicates"] += 1
             else:
                 fresh[key] = id_
+                self._rows[id_] = self._rows.get(self._first[key].id, self._first[key].id) if key in self._first else id_
+                self.counts["duplicates"] += key in self._first
         by_id = dict(zip(ids, proposals, strict=True))
         waiting = list(fresh.values())
         self._stalled = 0 if waiting else self._stalled + len(proposals)
-        needs = self.searcher.needs
-        racing = needs.racing if self._can_race else "off"
-        rivals = [outcome for outcome in self.outcomes if outcome.id == needs.rival and outcome.whole]
-        incumbents = rivals or ranked(self.outcomes)[:1]
         while waiting:
             count = self._affordable(len(waiting))
             if not count:
@@ -199,7 +203,9 @@ class Study:
                 return None
             for id_, more in self._evaluate(SEARCH, number, [(id_, proposals[id_].candidate, part) for id_ in active]):
                 scores[id_] = joined(scores[id_], more) if id_ in scores else more
-                self.spent += more.cost
+                if (place := (self._rows[id_], number)) not in self._paid:
+                    self._paid.add(place)
+                    self.spent += more.cost
             active = [id_ for id_ in active if scores[id_].status == "ok"]
             if racing == "off" or number + 1 == len(self._prepared):
                 continue
@@ -214,7 +220,7 @@ class Study:
             values[id_] = values[leader] + min(0.0, upper)
             pruned = replace(scores[id_], status="pruned")
             found[id_] = Outcome(id_, proposals[id_], "pruned", values[id_], self.fitness.tasks(pruned), pruned)
-        self.counts["candidates"] += len(proposals)
+        self.counts["candidates"] += sum(self._rows[id_] == id_ for id_ in proposals)
         return {id_: found[id_] for id_ in proposals}
 
     def _losers(
@@ -245,7 +251,8 @@ class Study:
     ) -> Iterator[tuple[int, Scores]]:
         """(id, scores) in the order of `wanted`; what the journal lacks is scored and committed as it comes."""
         evaluator = evaluator or self.evaluator
-        known = {id_: self.journal.result(id_, split, number) for id_, _, _ in wanted}
+        rows = {id_: self._rows.get(id_, id_) for id_, _, _ in wanted}
+        known = {id_: self.journal.result(rows[id_], split, number) for id_ in rows}
         missing = [(id_, candidate, part) for id_, candidate, part in wanted if candidate is not None and known[id_] is None]
         plans = [self._plan(evaluator, part) for _, _, part in missing]
         requests = [(candidate, plan) for (_, candidate, _), plan in zip(missing, plans, strict=True) if candidate is not None]
@@ -253,7 +260,7 @@ class Study:
         for position, scores in _guarded(evaluator, requests):
             id_ = missing[position][0]
             checked = _checked(scores)
-            self.journal.add_result(id_, split, number, checked)
+            self.journal.add_result(rows[id_], split, number, checked)
             known[id_] = checked
             self.on_event("scored", {"candidate": id_, "split": split, "items": checked.cost.items, "status": checked.status})
         for id_, _, _ in wanted:
@@ -329,6 +336,11 @@ class Study:
         self.confirmed = dict(self._evaluate(CONFIRM, 0, wanted, self.confirm))
 
 
+def _reopened(outcome: Outcome, rivals: Sequence[Outcome]) -> bool:
+    """Whether a candidate that was given up on may yet win: what it has to beat now is less."""
+    return outcome.status == "pruned" and any(outcome.value >= rival.value for rival in rivals)
+
+
 class _Clock:
     """Seconds that a search has taken, over all its processes; remembered with every batch."""
 
@@ -397,5 +409,6 @@ def _one(evaluator: Evaluator, candidate: Candidate, plan: Plan) -> Scores:
         if isinstance(error, ModelGlueError) and not isinstance(error, _OF_ONE):
             raise
         text = " ".join(str(error).split())
+        status: Status = "invalid" if isinstance(error, _OF_ONE) else "failed"
         what = text if isinstance(error, ModelGlueError) else f"{type(error).__name__}: {text}" if text else type(error).__name__
-        return Scores({}, status="failed", cost=Cost(seconds=time.monotonic() - began), error=f"{candidate.describe()}: {what}")
+        return Scores({}, status=status, cost=Cost(seconds=time.monotonic() - began), error=f"{candidate.describe()}: {what}")
