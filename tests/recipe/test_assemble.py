@@ -122,6 +122,25 @@ def test_whole_models_of_different_depth_are_refused_with_the_way_out() -> None:
     assert "the models have different numbers of layers: a has 2, b has 3. Say under slices: which to merge." in fault
 
 
+def test_a_number_of_layers_that_the_config_leaves_to_a_default_is_written() -> None:
+    """Older vision-language configs list only what is not usual."""
+    vlm = pictures(1)
+    text = {key: value for key, value in vlm.config["text_config"].items() if key != "num_hidden_layers"}
+    weights = {name: vlm.tensor(name) for name in vlm.names()}
+    opened = {"vlm": TensorsCheckpoint(weights, {**vlm.config, "text_config": text}, label="vlm")}
+
+    def stack(*ranges: list[int]) -> dict[str, Any]:
+        slices = [{"models": [{"model": "vlm", "layers": layers}]} for layers in ranges]
+        return {"method": "passthrough", "modules": {"text_decoder": {"slices": slices}}}
+
+    assert merged(stack([0, 2], [1, 2]), opened).config["text_config"] == {**text, "num_hidden_layers": 3}
+    said = (
+        "the config does not say how many layers language_model has, and now there are 3 instead of 2; 'num_hidden_layers: 3' is written."
+    )
+    assert any(said in one for one in found_odd(stack([0, 2], [1, 2]), opened))
+    assert merged(stack([0, 1], [1, 2]), opened).config["text_config"] == text
+
+
 def test_slices_of_a_model_with_several_towers_belong_into_modules() -> None:
     [fault] = refused({"method": "passthrough", "slices": [{"models": [{"model": "t", "layers": [0, 1]}]}]}, {"t": t5()})
     assert "the model has several parts with layers of their own (decoder, encoder); give slices for each under modules:." in fault

@@ -79,7 +79,8 @@ def merge(
     read, models = read_with_models(recipe, strict=strict)
     changed = overridden(read, seed=seed, allow_mixed=allow_mixed or None, vocabulary_mismatch="truncate" if truncate_vocabulary else None)
     built = build_with_warnings(changed, models.__getitem__, strict=strict)
-    warnings = [*read.warnings, *built.warnings, *warnings_of(list(models.values())), *licence_warnings(parents(built.checkpoint))]
+    found = [*read.warnings, *built.warnings, *warnings_of(list(models.values())), *licence_warnings(parents(built.checkpoint))]
+    warnings = list(dict.fromkeys(found))
     if not quiet:
         print_warnings(stderr(), warnings)
     with byte_progress(out.name, quiet=quiet or json) as progress:

@@ -14,9 +14,10 @@ from modelglue.methods import get
 from modelglue.recipe.canonical import canonical, written_out
 from modelglue.recipe.checks import Checks
 from modelglue.recipe.inputs import Inputs, merged_fields, replacing
-from modelglue.recipe.parts import put_into, rest_of
+from modelglue.recipe.into import put_into
+from modelglue.recipe.parts import rest_of
 from modelglue.recipe.plan import Piece, Plan, plan
-from modelglue.recipe.schema import Recipe
+from modelglue.recipe.schema import Into, Recipe
 from modelglue.recipe.settings import distinct_values
 
 _LONG = {short: name for name, short in STORE_DTYPES.items()}
@@ -84,7 +85,7 @@ class _Assembly:
     def run(self) -> tuple[Checkpoint, AlignmentReport | None]:
         alignment = self._inputs.align(widen=self._store in STORE_DTYPES)
         planned = plan(self._recipe, self._inputs, self._method)
-        self._context.warnings += [*alignment.warnings, *planned.warnings]
+        self._context.warnings += [*self._inputs.odd_parts(), *alignment.warnings, *planned.warnings]
         if planned.faults:
             raise RecipeError("\n".join(dict.fromkeys(planned.faults)))
         values = [found for piece in planned.pieces for found in distinct_values(piece.values)]
@@ -93,13 +94,15 @@ class _Assembly:
         if len(planned.pieces) > 1 and any(round_.scope == "model" for round_ in rounds):
             text = f"{self._method.id} looks at a whole model at once; here it looks at each slice or module by itself."
             self._context.warnings.append(self._recipe.origin.fault((), text))
-        fields = merged_fields(self._inputs.fields, *planned.fields)
-        merged = dressed(self._join(planned), config=fields, files=alignment.files)
+        layers = merged_fields(*planned.fields)
+        merged = dressed(self._join(planned), config=merged_fields(self._inputs.fields, layers), files=alignment.files)
+        if self._recipe.into is not None:
+            merged = self._put_into(self._recipe.into, merged, layers)
         if self._recipe.chat_template is not None:
             made = chat_template(self._inputs.models(), merged, self._recipe.chat_template)
             self._context.warnings += made.warnings
             merged = dressed(merged, files=made.files)
-        return self._put_into(merged), alignment.report
+        return merged, alignment.report
 
     def _join(self, planned: Plan) -> Checkpoint:
         """The merges side by side, under the donor's config; a merge of whole models is the output itself."""
@@ -109,8 +112,13 @@ class _Assembly:
             return self._merged(planned.pieces[0], self._donor_of_dtypes(), description)
         parts = [self._merged(piece, None, None) for piece in planned.pieces]
         joined = JoinedCheckpoint([("", one) for one in [*parts, *map(self._stored, planned.copied)]], donor.config, description)
-        dtype = {"torch_dtype" if "torch_dtype" in donor.config and "dtype" not in donor.config else "dtype": self._store}
-        return dressed(joined, config=dtype if self._store in STORE_DTYPES and donor.config else None, files=replacing(joined, donor))
+        return dressed(joined, config=self._dtype_field(donor.config), files=replacing(joined, donor))
+
+    def _dtype_field(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The field of the config that names the stored dtype, where the recipe says which."""
+        if self._store not in STORE_DTYPES or not config:
+            return {}
+        return {"torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype": self._store}
 
     def _donor_of_dtypes(self) -> Checkpoint:
         """Whose dtypes the output has: the donor's; those of the model on disk behind it, where it is itself a merge in float32."""
@@ -141,11 +149,12 @@ class _Assembly:
             return model
         return MergedCheckpoint(get("linear"), [model], None, {"weight": [1.0], "normalize": False}, store=self._store)
 
-    def _put_into(self, merged: Checkpoint) -> Checkpoint:
-        into = self._recipe.into
-        if into is None:
-            return merged
+    def _put_into(self, into: Into, merged: Checkpoint, layers: Mapping[str, Any]) -> Checkpoint:
         whole = self._inputs.node(into.model)
         label = into.model if isinstance(into.model, str) else f"the {into.model.method} merge"
-        found = put_into(whole, into.part, merged, self._stored(rest_of(whole, into.part, label)), label)
-        return JoinedCheckpoint([("", found)], found.config, written_out(self._recipe), files=whole.files)
+        rest = self._stored(rest_of(whole, into.part, label))
+        aligned = self._recipe.tokenizer is not None or self._recipe.vocabulary_mismatch == "truncate"
+        found, odd = put_into(whole, into.part, merged, rest, label, aligned=aligned, layers=layers)
+        self._context.warnings += odd
+        config = {**found.config, **self._dtype_field(whole.config)}
+        return JoinedCheckpoint([("", found)], config, written_out(self._recipe), files=found.files)

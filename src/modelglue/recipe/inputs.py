@@ -21,7 +21,7 @@ from modelglue.checkpoint.vocabulary import (
     truncate,
 )  # fmt: skip
 from modelglue.recipe.canonical import canonical
-from modelglue.recipe.mergeable import check_architectures
+from modelglue.recipe.mergeable import check_architectures, different_functions
 from modelglue.recipe.parts import part_of
 from modelglue.recipe.schema import Into, Recipe, Source, Tokenizer, TokenSource
 
@@ -109,6 +109,12 @@ class Inputs:
         self.fields = merged_fields(found.config, heads.config)
         return found
 
+    def odd_parts(self) -> list[str]:
+        """Where a part of a model computes otherwise than the input that the output takes after; of whole models `warnings_of` tells."""
+        first = _key(self.donor)
+        pairs = [[first, key] for key in self._views if key != first and (_is_part(key) or _is_part(first))]
+        return [text for pair in pairs for text in different_functions([self._views[key] for key in pair], [_label(key) for key in pair])]
+
     def _opened(self, source: Node) -> Checkpoint:
         model = self.node(source.model if isinstance(source, Source) else source)
         if isinstance(source, Source) and source.part is not None:
@@ -162,6 +168,10 @@ def _label(key: str) -> str:
     node, part, _ = json.loads(key)
     name = node if isinstance(node, str) else f"({node['method']} merge)"
     return name if part is None else f"{name} ({part if isinstance(part, str) else ', '.join(part)})"
+
+
+def _is_part(key: str) -> bool:
+    return json.loads(key)[1] is not None
 
 
 def replacing(old: Checkpoint, new: Checkpoint) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelglue.recipe.layers import Tower, count_keys, sub_config, sub_config_key
+from modelglue.recipe.layers import DEFAULT, Tower, count_keys, sub_config, sub_config_key
 
 #: lists with one item per layer
 _PER_LAYER = re.compile(r"layer|type|pattern|block|head|intermediate_size|rope|window|expert")
@@ -19,6 +19,8 @@ _RULES = (
     "max_window_layers", "interleave_moe_layer_step", "attn_layer_period", "attn_layer_offset", "expert_layer_period",
     "expert_layer_offset", "no_rope_layer_interval", "global_attn_every_n_layers", "num_kv_shared_layers",
 )  # fmt: skip
+#: what most configs call the number of layers
+_USUAL = "num_hidden_layers"
 #: those that only say how the list of types came about, where there is one
 _SAID_BY_TYPES = ("full_attention_interval", "sliding_window_pattern", "max_window_layers", "global_attn_every_n_layers")
 
@@ -40,9 +42,16 @@ def layer_fields(config: Mapping[str, Any], tower: Tower, kind: str, layers: Seq
     own = sub_config(config, kind)
     count = len(layers)
     warnings: list[str] = []
-    fields: dict[str, Any] = {key: count for key in count_keys(own, kind) if own[key] == tower.count or key == count_keys(own, kind)[0]}
+    known = count_keys(own, kind)
+    fields: dict[str, Any] = {key: count for key in known if own[key] == tower.count or key == known[0]}
     if kind == "decoder" and "num_decoder_layers" not in own and "decoder_layers" not in own and "num_layers" in own:
         fields = {"num_decoder_layers": count}  # where it is not given, the decoder is as deep as the encoder
+    if config and not known and count != tower.count:
+        fields = {_USUAL: count}
+        warnings.append(
+            f"the config does not say how many layers {'the model' if tower.name == DEFAULT else tower.name} has, and now there are "
+            f"{count} instead of {tower.count}; '{_USUAL}: {count}' is written. Check that its class reads that."
+        )
     for key, value in own.items():
         if isinstance(value, list) and _NUMBERS.search(key) and all(isinstance(item, int) for item in value):
             fields[key] = [at for at, layer in enumerate(layers) if layer.number in _list(layer, kind, key, value)]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modelglue.checkpoint import Checkpoint, quantisation_of
+from modelglue.checkpoint.fit import label_of
 from modelglue.checkpoint.vocabulary import all_tokens, check_vocabularies
 from modelglue.errors import MergeError
 
@@ -19,12 +20,12 @@ _FUNCTIONAL = (
 def check_mergeable(checkpoints: Sequence[Checkpoint]) -> None:
     """MergeError unless all models share class and vocabulary. Different functions are the first model's to decide: see `warnings_of`."""
     check_architectures(checkpoints)
-    check_vocabularies(checkpoints, None, [_name(checkpoint) for checkpoint in checkpoints])
+    check_vocabularies(checkpoints, None, [label_of(checkpoint) for checkpoint in checkpoints])
 
 
 def check_architectures(checkpoints: Sequence[Checkpoint]) -> None:
     """MergeError for quantised models, and unless all models whose configs name a class name the same one."""
-    quantised = [f"{_name(model)} {what}" for model in checkpoints if (what := quantisation_of(model)) is not None]
+    quantised = [f"{label_of(model)} {what}" for model in checkpoints if (what := quantisation_of(model)) is not None]
     if quantised:
         raise MergeError("\n".join(dict.fromkeys(quantised)))
     first = checkpoints[0]
@@ -32,7 +33,7 @@ def check_architectures(checkpoints: Sequence[Checkpoint]) -> None:
         ours, theirs = architecture(first), architecture(other)
         if ours and theirs and ours != theirs:
             raise MergeError(
-                f"{_name(other)} is a {theirs} and {_name(first)} a {ours}; one merge takes one architecture. "
+                f"{label_of(other)} is a {theirs} and {label_of(first)} a {ours}; one merge takes one architecture. "
                 "Leave one of them out, or join them as experts of a mixture."
             )
 
@@ -40,12 +41,17 @@ def check_architectures(checkpoints: Sequence[Checkpoint]) -> None:
 def warnings_of(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """What does not forbid a merge but changes what it means: of each model, and where models differ. The output takes after the first."""
     found = [warning for checkpoint in checkpoints for warning in checkpoint.warnings]
-    first = checkpoints[0]
-    for other in checkpoints[1:]:
-        ours, theirs = _function(first.config), _function(other.config)
+    return found + different_functions(checkpoints, [label_of(checkpoint) for checkpoint in checkpoints])
+
+
+def different_functions(checkpoints: Sequence[Checkpoint], labels: Sequence[str]) -> list[str]:
+    """Where the configs of models say that equal weights compute something else than in the first."""
+    found = []
+    for other, label in zip(checkpoints[1:], labels[1:], strict=True):
+        ours, theirs = _function(checkpoints[0].config), _function(other.config)
         for key in ours:
             if ours[key] != theirs[key] and ours[key] is not None and theirs[key] is not None:
-                found.append(f"{_name(other)} has {key} = {theirs[key]}, {_name(first)} has {ours[key]}; the output takes the first one's.")
+                found.append(f"{label} has {key} = {theirs[key]}, {labels[0]} has {ours[key]}; the output takes the first one's.")
     return found
 
 
@@ -77,8 +83,3 @@ def architecture(checkpoint: Checkpoint) -> str | None:
     """The model class that the config names, or None."""
     names = checkpoint.config.get("architectures")
     return str(names[0]) if isinstance(names, list) and names else None
-
-
-def _name(checkpoint: Checkpoint) -> str:
-    description = checkpoint.describe()
-    return str(description.get("model", f"the {description.get('method')} merge"))

@@ -9,6 +9,7 @@ Only headers, configs and tokenizer files are read here; no tensor before somebo
     tied_heads(models, base) -> TiedHeads               then, before layers are sliced
     chat_template(models, output, value) -> ChatTemplate  on the finished output (its files are what will be written)
     dressed(checkpoint, config=, files=, description=)  -> the same tensors with updated config, side files and recipe
+    transplant(whole, part, tables) -> Transplant       what a larger model must say when its part's tables become those of a merge
 
 `VocabularyRequest(source, tokens, pad_to_multiple_of)`: source is "union", "base" or a position among `models` (len(models)
 is the base); tokens maps a token to `TokenPolicy(source, force)`, whose source is None (automatic), `FromModel(model)`,
@@ -31,6 +32,7 @@ from modelglue.checkpoint.vocabulary.mismatch import check_vocabularies, truncat
 from modelglue.checkpoint.vocabulary.request import FromModel, FromToken, TokenPolicy, VocabularyRequest, Zero
 from modelglue.checkpoint.vocabulary.tables import Tables, tables_of
 from modelglue.checkpoint.vocabulary.tokens import Vocabulary, all_tokens, vocabulary
+from modelglue.checkpoint.vocabulary.transplant import Transplant, transplant
 from modelglue.checkpoint.vocabulary.union import RowCounts
 from modelglue.checkpoint.vocabulary.view import RevocabularyCheckpoint
 
@@ -48,6 +50,7 @@ __all__ = [
     "Tables",
     "TiedHeads",
     "TokenPolicy",
+    "Transplant",
     "Vocabulary",
     "VocabularyRequest",
     "Zero",
@@ -58,6 +61,7 @@ __all__ = [
     "dressed",
     "tables_of",
     "tied_heads",
+    "transplant",
     "truncate",
     "vocabulary",
 ]

@@ -14,7 +14,7 @@ _IDS_FIELD = re.compile(r"suppress_tokens$")
 
 
 def rows_update(config: Mapping[str, Any], rows: int, before: int) -> dict[str, Any]:
-    """The fields that must say `rows`: wherever vocab_size stands; at the top if it stands nowhere and the number changes."""
+    """The fields that must say `rows`: wherever vocab_size stands. If it stands nowhere and the number changes, the language model's."""
     changes: dict[str, Any] = {}
     if isinstance(config.get("vocab_size"), int):
         changes["vocab_size"] = rows
@@ -23,7 +23,8 @@ def rows_update(config: Mapping[str, Any], rows: int, before: int) -> dict[str, 
         if isinstance(part, Mapping) and isinstance(part.get("vocab_size"), int):
             changes[key] = {"vocab_size": rows}
     if not changes and config and rows != before:
-        changes["vocab_size"] = rows
+        inner = next((key for key in LANGUAGE_CONFIGS if isinstance(config.get(key), Mapping)), None)
+        changes = {"vocab_size": rows} if inner is None else {inner: {"vocab_size": rows}}
     return {key: value for key, value in changes.items() if _differs(config.get(key), value)}
 
 

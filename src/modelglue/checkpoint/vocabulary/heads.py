@@ -34,8 +34,8 @@ def tied_heads(models: Sequence[Checkpoint], base: Checkpoint | None) -> TiedHea
     written = any(is_head(name) for tables in found for name in tables.heads)
     donor = base if base is not None else models[0]
     config: dict[str, Any] = {}
-    if written and (lacking or not all(_ties(model.config) for model in given)):
-        config = _untied(donor.config)
+    if written and (lacking or not all(is_tied(model.config) for model in given)):
+        config = untied(donor.config)
     ordered = tuple(views)
     return TiedHeads(ordered[: len(models)], ordered[-1] if base is not None else None, config)
 
@@ -47,7 +47,7 @@ def with_heads(models: Sequence[Checkpoint], tables: Sequence[Tables]) -> list[C
     for model, found in zip(models, tables, strict=True):
         there = set(model.names())
         missing = {name: source for name in wanted if name not in there and (source := _tied_to(name, model, found)) is not None}
-        if missing and _ties(model.config):
+        if missing and is_tied(model.config):
             views.append(RenamedCheckpoint(model, {**{name: name for name in there}, **missing}))
         else:
             views.append(model)
@@ -62,7 +62,7 @@ def _tied_to(name: str, model: Checkpoint, tables: Tables) -> str | None:
     return tables.embedding
 
 
-def _ties(config: Mapping[str, Any]) -> bool:
+def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether a model of this config ties its head; that is the default where a config does not say."""
     for part in (config, *(config.get(key) for key in LANGUAGE_CONFIGS)):
         if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
@@ -70,7 +70,7 @@ def _ties(config: Mapping[str, Any]) -> bool:
     return True
 
 
-def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that must change for the config to say that the head is a tensor of its own."""
     if not config:
         return {}

@@ -22,15 +22,10 @@ UNREAD_FILES = (
 )  # fmt: skip
 #: everything that says which tokens there are
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", *PIECE_FILES, "added_tokens.json", *UNREAD_FILES)
+#: chat templates that stand in a file of their own
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 #: what belongs to a tokenizer besides
-TOKENIZER_FILES = (
-    *VOCABULARY_FILES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "normalizer.json",
-)
+TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", *TEMPLATE_FILES, "normalizer.json")
 
 _LARGEST_ID = 2**31
 SETTINGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
