@@ -142,10 +142,19 @@ def test_a_missing_model(call: Call, zoo: Path) -> None:
     assert message.startswith(f"'models/revers': no such file or folder (looked at {zoo}/models/revers). Did you mean 'reverse'")
 
 
-@pytest.mark.parametrize("key", ["adapter", "dtype"])
-def test_what_is_not_supported_yet(call: Call, zoo: Path, key: str) -> None:
-    change(zoo, zoo={"models": [{"id": "models/reverse", key: "float16"}]})
-    assert refused(call, zoo).startswith("zoo model 'reverse': adapter and dtype are not supported yet.")
+def test_what_is_not_supported_yet(call: Call, zoo: Path) -> None:
+    change(zoo, zoo={"models": [{"id": "models/reverse", "dtype": "float16"}]})
+    assert refused(call, zoo).startswith("zoo model 'reverse': dtype is not supported yet.")
+
+
+def test_a_missing_adapter(call: Call, zoo: Path) -> None:
+    change(zoo, zoo={"models": [{"id": "models/reverse", "adapter": "models/rev"}]})
+    assert refused(call, zoo).startswith(f"'models/rev': no such file or folder (looked at {zoo}/models/rev). Did you mean 'reverse'")
+
+
+def test_an_encoder_with_an_adapter(call: Call, zoo: Path) -> None:
+    change(zoo, zoo={"models": [{"id": "models/reverse", "adapter": "models/rev"}]}, router={"encoder": "reverse"})
+    assert "router.encoder is 'reverse', which has an adapter; allowed are models that stand in one folder" in refused(call, zoo)
 
 
 BEYOND = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()

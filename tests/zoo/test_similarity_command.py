@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from modelglue.adapters import extract_lora
+from modelglue.checkpoint import open_checkpoint
 from modelglue.cli.app import main
 from modelglue.zoo import Similarity
 
@@ -70,6 +72,18 @@ def test_a_zoo_file(tiny_zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["models"] == ["x", "y"]
     assert found["delta"]
     assert found["similarity"][0][1] < 0.9
+
+
+def test_a_zoo_file_with_an_adapter(tiny_zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, sort = (open_checkpoint(tiny_zoo / "models" / name) for name in ("base", "sort"))
+    extract_lora(sort, base, tmp_path / "lora", energy=1.0)
+    path = tmp_path / "zoo.yaml"
+    first, second = f"{{id: '{tiny_zoo}/models/base', alias: x, adapter: lora}}", f"{{id: '{tiny_zoo}/models/sort'}}"
+    path.write_text(f"zoo:\n  models:\n    - {first}\n    - {second}\n")
+    assert run("--zoo", str(path), "--json", "--base", str(tiny_zoo / "models" / "base")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["models"] == ["x", "sort"]
+    assert found["similarity"][0][1] == pytest.approx(1, abs=1e-3)
 
 
 def test_equal_last_parts_are_told_apart(tiny_zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

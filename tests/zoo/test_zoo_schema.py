@@ -50,6 +50,8 @@ def test_every_field_and_every_default(tmp_path: Path) -> None:
     assert b == ZooModel(id="./models/b/", alias="b")
     assert (b.domain, b.prompts, b.scores, b.revision) == ([], None, {}, None)
     assert c.alias == "model-c"
+    assert [model.reference for model in zoo.models] == ["org/model-a@main", "./models/b/", "org/model-c@refs"]
+    assert ZooModel(id="org/m", revision="v1", adapter="lora").reference == "org/m@v1+lora"
 
 
 def test_python_mappings_and_glue_files_are_read_too(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from modelglue.checkpoint.adapter import Adapter, Factors, open_adapter
 from modelglue.checkpoint.adapter import names as naming
@@ -67,6 +68,12 @@ class AdaptedCheckpoint(Checkpoint):
     def warnings(self) -> Sequence[str]:
         """Other names in the base, tied tensors, another base than the adapters were trained on."""
         return (*self._base.warnings, *self._placement.warnings)
+
+    def called(self, reference: str) -> Self:
+        """The same model under another reference, which recipes and cards made from it then give."""
+        other = copy.copy(self)
+        other._reference = reference
+        return other
 
     def factors(self, name: str) -> Sequence[Factors]:
         """The low-rank updates of a tensor, one per adapter that changes it, never multiplied out; empty if none does."""

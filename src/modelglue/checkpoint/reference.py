@@ -89,6 +89,12 @@ def reference_from(reference: str, places: Sequence[Path], folder: Path) -> str:
     return "+".join(_half_from(half, place, folder) for half, place in zip(halves, places, strict=True))
 
 
+def moved_reference(reference: str, old: Path, new: Path) -> str:
+    """How a file in `new` calls what a file in `old` calls `reference`: paths that exist are seen from there, hub ids stay."""
+    halves = split_reference(reference, old)
+    return "+".join(half if (path := _local(half, old)) is None else seen_from(new, path) for half in halves)
+
+
 def seen_from(folder: Path, path: Path) -> str:
     """What a file in `folder` calls a path that exists: relative, links resolved, so that both may be moved; others as they are."""
     return os.path.relpath(os.path.realpath(path), os.path.realpath(folder)) if path.exists() else str(path)

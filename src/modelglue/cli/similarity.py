@@ -118,13 +118,8 @@ def _open(models: tuple[str, ...], zoo: Path | None) -> dict[str, Checkpoint]:
         short = [model.rstrip("/").rpartition("/")[2] for model in models]
         labels = [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
         return {label: open_checkpoint(model) for label, model in zip(labels, models, strict=True)}
-    found = {}
-    for model in read_zoo(zoo).models:
-        if model.adapter is not None:
-            raise UserError(f"zoo model '{model.alias}': adapter is not supported yet. Fold the adapter first.")
-        reference = f"{model.id}@{model.revision}" if model.revision else model.id
-        found[model.alias] = open_checkpoint(reference, relative_to=zoo.resolve().parent)
-    return found
+    folder = zoo.resolve().parent
+    return {model.alias: open_checkpoint(model.reference, relative_to=folder) for model in read_zoo(zoo).models}
 
 
 def _table(found: Similarity) -> Any:

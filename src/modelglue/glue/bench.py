@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modelglue.checkpoint import ENGINE_VERSION, Checkpoint, DiskCheckpoint, open_checkpoint
+from modelglue.checkpoint.adapted import AdaptedCheckpoint
 from modelglue.errors import UserError
 from modelglue.evaluation import CandidateEvaluator, ResidentModel, ScoreStore, TaskSet, leak_check, score_text_model
 from modelglue.glue.run_folder import SCORES, RunFolder
@@ -89,7 +90,11 @@ class Bench:
     def recipe_of(self, candidate: Candidate, references: Mapping[str, str] | None = None) -> Recipe:
         """The candidate as a recipe over aliases, or over the references that stand for them."""
         names = [references[alias] if references else alias for alias in candidate.members]
-        return linear_recipe(names, candidate.weights, self.file.dtype.store)
+        return linear_recipe(names, candidate.weights, self.file.dtype.store if len(names) > 1 else None)
+
+    def is_written(self, candidate: Candidate) -> bool:
+        """Whether the run must write it to have its weights in one folder: a merge, or a model with an adapter."""
+        return len(candidate.members) > 1 or self.models[candidate.members[0]].adapter is not None
 
     def materialise(self, candidate: Candidate, references: Mapping[str, str]) -> Checkpoint:
         """The merge as an expression whose recipe names the models by reference."""
@@ -106,9 +111,9 @@ def open_bench(file: GlueFile, folder: Path, emit: Listener) -> Bench:
     """Open every model and task; all that can be refused before scoring is refused here."""
     checkpoints: dict[str, Checkpoint] = {}
     for model in file.zoo.models:
-        if model.adapter is not None or model.dtype is not None:
-            raise UserError(f"zoo model '{model.alias}': adapter and dtype are not supported yet. Fold or convert the model first.")
-        checkpoints[model.alias] = open_checkpoint(reference_of(model), relative_to=folder)
+        if model.dtype is not None:
+            raise UserError(f"zoo model '{model.alias}': dtype is not supported yet. Convert the model first.")
+        checkpoints[model.alias] = open_checkpoint(model.reference, relative_to=folder)
     base = None
     if file.zoo.base is not None:
         base = "base"
@@ -133,13 +138,8 @@ def open_bench(file: GlueFile, folder: Path, emit: Listener) -> Bench:
 
 def renamed(checkpoint: Checkpoint, reference: str) -> Checkpoint:
     """The same model on disk under another name, which recipes and cards made from it then give."""
-    assert isinstance(checkpoint, DiskCheckpoint), "a zoo is made of models on disk"
+    assert isinstance(checkpoint, DiskCheckpoint | AdaptedCheckpoint), "a zoo is made of models on disk, with their adapters"
     return checkpoint.called(reference)
-
-
-def reference_of(model: ZooModel) -> str:
-    """What the zoo file calls a model, with its revision."""
-    return f"{model.id}@{model.revision}" if model.revision else model.id
 
 
 def run_key(bench: Bench) -> str:

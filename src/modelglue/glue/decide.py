@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from modelglue.checkpoint import Checkpoint
-from modelglue.checkpoint.reference import seen_from
+from modelglue.checkpoint.reference import moved_reference
 from modelglue.errors import CheckpointError
-from modelglue.glue.bench import Bench, reference_of
+from modelglue.glue.bench import Bench
 from modelglue.glue.experts import Verdict, choose_experts
 from modelglue.recipe import Candidate, interval, paired_interval
 from modelglue.search import Selection, select
@@ -28,7 +28,7 @@ def describe_zoo(bench: Bench) -> dict[str, Any]:
         models.append(
             {
                 "alias": alias,
-                "reference": reference_of(model),
+                "reference": model.reference,
                 "identity": checkpoint.identity,
                 "architecture": next(iter(checkpoint.config.get("architectures") or []), None),
                 "parameters": sum(checkpoint.info(name).numel for name in checkpoint.names()),
@@ -169,11 +169,7 @@ def verdicts(bench: Bench, representatives: Sequence[Representative]) -> list[Ve
 
 def references_from(bench: Bench, folder: Path) -> dict[str, str]:
     """How a file in `folder` refers to the zoo's models: relative paths for local ones, hub ids as they are."""
-    result = {}
-    names = {alias: reference_of(model) for alias, model in bench.models.items()}
+    names = {alias: model.reference for alias, model in bench.models.items()}
     if bench.base is not None:
         names[bench.base] = str(bench.file.zoo.base)
-    for alias, name in names.items():
-        local = bench.folder / name
-        result[alias] = seen_from(folder, local) if local.exists() else name
-    return result
+    return {alias: moved_reference(name, bench.folder, folder) for alias, name in names.items()}

@@ -21,7 +21,7 @@ def plan_mixture(bench: Bench, run: RunFolder, kept: Sequence[tuple[Representati
     for representative, verdict in kept:
         members = representative.candidate.members
         prompts = prompts_of(bench, members, verdict.won)
-        path = f"representatives/{representative.name}" if representative.is_merge else references[members[0]]
+        path = f"representatives/{representative.name}" if bench.is_written(representative.candidate) else references[members[0]]
         domains = dict.fromkeys(tag for alias in members for tag in bench.models[alias].domain)
         experts.append(
             PlannedExpert(

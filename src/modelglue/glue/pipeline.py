@@ -94,7 +94,7 @@ def _walk(bench: Bench, run: RunFolder, workers: int | None) -> None:
     folder = run.path("representatives")
     folder.mkdir(exist_ok=True)
     for r in representatives:
-        if r.is_merge and not (folder / r.name).is_dir():
+        if bench.is_written(r.candidate) and not (folder / r.name).is_dir():
             with run.timed(f"write {r.name}"):
                 # Its recipe names the models as they are seen from where the recipe will stand.
                 references = decide.references_from(bench, folder / r.name)

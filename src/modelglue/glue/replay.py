@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from modelglue.checkpoint import open_checkpoint, save, write_bytes_atomic, yaml_text
-from modelglue.checkpoint.reference import seen_from
+from modelglue.checkpoint.reference import moved_reference
 from modelglue.errors import UserError
 from modelglue.glue.bench import Bench, renamed
 from modelglue.glue.decide import Representative, references_from
@@ -111,13 +111,13 @@ def write_replay(
 ) -> None:
     """recipe.yaml, written last: with it the run can be rebuilt."""
     references = references_from(bench, run.root)
-    merged = [r for r in representatives if r.is_merge]
-    needed = {references[alias] for r in merged for alias in r.candidate.members}
+    written = [r for r in representatives if bench.is_written(r.candidate)]
+    needed = {references[alias] for r in written for alias in r.candidate.members}
     needed |= {place for place in (plan.places() if plan is not None else []) if not _inside(place)}
     value = {
         "format": "modelglue/1",
         "replay": {
-            "representatives": {r.name: canonical(bench.recipe_of(r.candidate, references)) for r in merged},
+            "representatives": {r.name: canonical(bench.recipe_of(r.candidate, references)) for r in written},
             "mixture": plan.model_dump(mode="json") if plan is not None else None,
             "contents": {name: bench.checkpoints[alias].identity for alias, name in references.items() if name in needed},
             "outcome": dict(outcome),
@@ -133,7 +133,7 @@ def rebuild(replay: Replay, folder: Path, root: Path, *, overwrite: bool, worker
     """
     body = replay.replay
     key = hashlib.sha256(json.dumps(replay.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-    models = {name: open_checkpoint(_path(folder, name)) for name in body.contents}
+    models = {name: open_checkpoint(name, relative_to=folder) for name in body.contents}
     for name, checkpoint in models.items():
         if checkpoint.identity != body.contents[name]:
             raise UserError(
@@ -175,5 +175,4 @@ def _path(folder: Path, reference: str) -> Path:
 
 def _seen_from(reference: str, old: Path, new: Path) -> str:
     """A reference of the recipe.yaml in the folder `old` as it reads in the folder `new`."""
-    path = _path(old, reference)
-    return reference if _inside(reference) or not path.exists() else seen_from(new, path)
+    return reference if _inside(reference) else moved_reference(reference, old, new)

@@ -132,4 +132,8 @@ class GlueFile(Group):
         known = [model.alias for model in self.zoo.models]
         if self.router.encoder not in (None, "auto", *known):
             raise ValueError(f"router.encoder is '{self.router.encoder}', allowed are auto and the aliases {', '.join(known)}")
+        if any(model.adapter is not None and model.alias == self.router.encoder for model in self.zoo.models):
+            raise ValueError(
+                f"router.encoder is '{self.router.encoder}', which has an adapter; allowed are models that stand in one folder"
+            )
         return self

@@ -40,7 +40,7 @@ class ZooModel(Entry):
     """Short unique name; default: the last part of `id`."""
     revision: str | None = None
     adapter: str | None = None
-    """LoRA adapter that is folded into the model when it is read."""
+    """LoRA adapter that is folded into the model when it is read: a local folder (relative to the zoo file) or hub id."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Storage dtype; default: as stored."""
     domain: _WORDS = []
@@ -48,6 +48,12 @@ class ZooModel(Entry):
     prompts: Prompts | None = None
     scores: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
     """Known scores by task, as information."""
+
+    @property
+    def reference(self) -> str:
+        """What opens the model: id[@revision][+adapter]."""
+        model = f"{self.id}@{self.revision}" if self.revision else self.id
+        return f"{model}+{self.adapter}" if self.adapter else model
 
     @model_validator(mode="before")
     @classmethod
