@@ -147,7 +147,7 @@ def test_names_that_look_like_markup(run: Run, zoo: Path) -> None:
         ),
         (
             "method: linear\nmodels:\n  - {model: ./aa, weight: 1}\n  - {model: ./bb, weight: 1}\n",
-            ["'./aa': no such file", "'./bb': no such file"],
+            ["r.yaml:3: models[0].model: './aa': no such file", "r.yaml:4: models[1].model: './bb': no such file"],
         ),
     ],
 )

@@ -188,7 +188,7 @@ def test_the_committed_models_merge_by_every_method(run: Run, tiny_zoo: Path, tm
         ("method: linear\nmodels: [\n", "recipe.yaml:3: is not valid YAML"),
         ("", "recipe.yaml: is empty, allowed is a mapping"),
         ("method: ties\nmodels:\n  - {model: a, weight: 1}\n", "recipe.yaml:1: ties needs a base model"),
-        ("merge_method: linear\nslices: []\nmodels: []\n", "recipe.yaml:3: models: is required and missing."),
+        ("merge_method: linear\nslices: []\nmodels: []\n", "recipe.yaml:3: models: is empty; a recipe says in one of models"),
     ],
 )  # fmt: skip
 def test_a_bad_recipe(run: Run, zoo: Path, text: str, expected: str) -> None:

@@ -216,7 +216,9 @@ def test_every_model_that_is_missing_is_named(folder: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         merge(value)
     lines = str(caught.value).split("\n")
-    assert [line.split(":")[0] for line in lines] == [f"'{folder}/bsae'", f"'{folder}/c'", f"'{folder}/hlaf'"]
+    places = ("base", "models[1].model", "models[2].model")
+    expected = [f"<recipe>: {place}: '{folder}/{name}'" for place, name in zip(places, ("bsae", "c", "hlaf"), strict=True)]
+    assert [line.split(": no such file")[0] for line in lines] == expected
     assert "Did you mean 'base'?" in lines[0]
     assert "Did you mean 'half'?" in lines[2]
 

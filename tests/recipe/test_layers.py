@@ -106,6 +106,7 @@ def test_names_of_towers() -> None:
         assert tower is not None
         assert tower.name == "vision_tower"
     assert find_tower("audio_tower", llava) is None
+    assert find_tower("model", llava) is find_tower("enc", llava) is None  # words that say nothing mean nothing
     assert find_tower("default", llava) is None
     [llama] = towers_of(LLAMA, {})
     assert find_tower("default", [llama]) is find_tower("text_decoder", [llama]) is llama

@@ -382,9 +382,10 @@ def slices(a: str, b: str, method: str = "linear", more: str = "parameters: {wei
     ("text", "expected"),
     [
         (LINEAR + "base_modle: x", f"r.yaml:5: base_modle: unknown key. Did you mean 'base_model'? Allowed: {TOP}."),
-        (LINEAR + "sources: []", f"r.yaml:5: sources: does not belong here. Allowed: {TOP}."),
+        (LINEAR + "sources: []", f"r.yaml:5: sources: does not belong here. Did you mean 'slices'? Allowed: {TOP}."),
+        (LINEAR.replace("merge_method", "merge_methd"), "r.yaml:1: merge_methd: unknown key. Did you mean 'merge_method'?"),
         (LINEAR + "weight: 1", "r.yaml:5: weight: is a parameter. Parameters stand under 'parameters:' in this dialect."),
-        (LINEAR + "parameters: [1]", "r.yaml:5: parameters: allowed is a mapping of parameter names to values."),
+        (LINEAR + "parameters: [1]", "r.yaml:5: parameters: is a list, allowed is a mapping of parameter names to values."),
         (LINEAR + "parameters:\n  weight: x", "r.yaml:6: parameters.weight: weight is 'x', allowed is a number."),
         (LINEAR + "parameters:\n  normalize: [0, .5]", "r.yaml:6: parameters.normalize: normalize is 0.5, allowed is true or false."),
         (
@@ -395,9 +396,12 @@ def slices(a: str, b: str, method: str = "linear", more: str = "parameters: {wei
         (LINEAR + "dtype: float32\nout_dtype: fp8", "r.yaml:6: out_dtype: is 'fp8', allowed is float32, float16 or bfloat16."),
         (
             LINEAR + "base_model: {path: x}",
-            "r.yaml:5: base_model: allowed is a reference as text, or {model: {path, revision}, lora: {path, revision}}.",
+            "r.yaml:5: base_model: is a mapping, allowed is a reference as text, or {model: {path, revision}, lora: {path, revision}}.",
         ),
-        (LINEAR + "base_model: {model: {pth: x}}", "r.yaml:5: base_model.model: allowed is a path as text, or {path, revision}."),
+        (
+            LINEAR + "base_model: {model: {pth: x}}",
+            "r.yaml:5: base_model.model: is a mapping, allowed is a path as text, or {path, revision}.",
+        ),
         (LINEAR + "slices: [x]", "r.yaml:5: slices: stands beside models; a recipe has one of models, slices, modules."),
         (
             LINEAR + "tokenizer: {}\ntokenizer_source: base",
@@ -405,7 +409,8 @@ def slices(a: str, b: str, method: str = "linear", more: str = "parameters: {wei
         ),
         (
             LINEAR + "tokenizer_source: uninon",
-            "r.yaml:5: tokenizer_source: 'uninon' is no model of this recipe. Its models: a.",
+            "r.yaml:5: tokenizer_source: 'uninon' is neither union nor base nor a model of this recipe. "
+            "Did you mean 'union'? Its models: a.",
         ),
         (
             LINEAR + "tokenizer: {tokens: {x: {source: q}}}",
@@ -427,10 +432,11 @@ def slices(a: str, b: str, method: str = "linear", more: str = "parameters: {wei
         ),
         (LINEAR + "missing: skip", "r.yaml:5: missing: is 'skip', allowed is 'error', 'present' or 'drop'."),
         (LINEAR + "vocab_mismatch: cut", "r.yaml:5: vocab_mismatch: is 'cut', allowed is 'error' or 'truncate'."),
-        ("merge_method: linear", "r.yaml:1: models: is required and missing."),
-        ("merge_method: linear\nmodels: []", "r.yaml:2: models: is required and missing."),
-        ("merge_method: linear\nmodels: {a: 1}", "r.yaml:2: models: allowed is a list of {model: REF, parameters: {...}}."),
-        ("merge_method: linear\nmodels:\n  - a\n", "r.yaml:3: models[0]: allowed is {model: REF, parameters: {...}}."),
+        ("merge_method: linear", "r.yaml:1: has none of models, slices, modules; a recipe has one of them."),
+        ("merge_method: linear\nmodels: []", "r.yaml:2: models: is empty; a recipe says in one of models, slices, modules what is merged."),
+        ("merge_method: linear\nslices:", "r.yaml:2: slices: is empty; a recipe says in one of models, slices, modules what is merged."),
+        ("merge_method: linear\nmodels: {a: 1}", "r.yaml:2: models: is a mapping, allowed is a list of {model: REF, parameters: {...}}."),
+        ("merge_method: linear\nmodels:\n  - a\n", "r.yaml:3: models[0]: is 'a', allowed is {model: REF, parameters: {...}}."),
         (
             "merge_method: linear\nmodels:\n  - parameters: {weight: 1}\n",
             "r.yaml:3: models[0]: has no model; allowed is {model: REF, parameters: {...}}.",
@@ -445,7 +451,7 @@ def slices(a: str, b: str, method: str = "linear", more: str = "parameters: {wei
         ),
         (
             "merge_method: linear\nmodels:\n  - model: a\n    parameters: 3\n",
-            "r.yaml:4: models[0].parameters: allowed is a mapping of parameter names to values.",
+            "r.yaml:4: models[0].parameters: is 3, allowed is a mapping of parameter names to values.",
         ),
         (
             "merge_method: linear\nmodels:\n  - model: a\n",
@@ -459,7 +465,7 @@ def slices(a: str, b: str, method: str = "linear", more: str = "parameters: {wei
             "merge_method: linear\nmodels:\n  - model: a\n    parameters:\n      weight:\n        - {fliter: x, value: 1}\n",
             "r.yaml:6: models[0].parameters.weight[0].fliter: unknown key. Did you mean 'filter'? Allowed: filter, value.",
         ),
-        ("merge_method: slerp\nparameters: {t: 0.5}\nmodels:\n  - model: a\n", "r.yaml:1: slerp needs a base model; add base: REF."),
+        ("merge_method: slerp\nparameters: {t: 0.5}\nmodels:\n  - model: a\n", "r.yaml:1: slerp needs a base model; add base_model: REF."),
         (
             "merge_method: slerp\nbase_model: a\nparameters: {t: 0.5}\nmodels:\n  - model: b\n  - model: c\n",
             "r.yaml:1: slerp takes exactly 1 model besides the base, the recipe has 2.",
@@ -473,8 +479,8 @@ def slices(a: str, b: str, method: str = "linear", more: str = "parameters: {wei
             "r.yaml:4: slices[0]: takes 3 layers of b [0, 3] and 2 of a [0, 2]; all models of a slice give equally many.",
         ),
         (slices("[3, 1]", "[0, 2]"), "r.yaml:5: slices[0].sources[0].layer_range: model a: is [3, 1], allowed is [a, b] with 0 <= a < b."),
-        (slices("[0, 1.5]", "[0, 2]"), "r.yaml:5: slices[0].sources[0].layer_range[1]: is 1.5, allowed is a whole number."),
-        (slices("[0, 1, 2]", "[0, 2]"), "r.yaml:5: slices[0].sources[0].layer_range: holds 3 items, allowed are 2 at most."),
+        (slices("[0, 1.5]", "[0, 2]"), "r.yaml:5: slices[0].sources[0].layer_range: is [0, 1.5], allowed is [first, last + 1]."),
+        (slices("[0, 1, 2]", "[0, 2]"), "r.yaml:5: slices[0].sources[0].layer_range: is [0, 1, 2], allowed is [first, last + 1]."),
         (
             slices("[0, 2]", "[0, 2]").replace("b, layer_range: [0, 2]", "b"),
             "r.yaml:6: slices[0].sources[1].layer_range: model b: is required in a slice and missing; give [first, last + 1].",
@@ -491,6 +497,23 @@ def slices(a: str, b: str, method: str = "linear", more: str = "parameters: {wei
 def test_refusals(text: str, expected: str, tmp_path: Path) -> None:
     [found] = faults(tmp_path, text)
     assert found == expected or (expected.endswith("merge.") and found.startswith(expected))
+
+
+def test_a_key_of_another_place_that_is_nearly_one_of_this(tmp_path: Path) -> None:
+    found = faults(tmp_path, "merge_method: passthrough\nslices:\n  - source: [{model: a, layer_range: [0, 1]}]\n")
+    assert found[0] == "r.yaml:3: slices[0].source: does not belong here. Did you mean 'sources'? Allowed: sources, base_model, parameters."
+
+
+def test_whole_numbers_may_be_written_otherwise(tmp_path: Path) -> None:
+    text = slices('[0.0, "2"]', "[0, 2]") + "tokenizer: {source: union, pad_to_multiple_of: 64.0}\n"
+    found = canonical(read(tmp_path, text, strict=True))
+    assert [entry["layers"] for entry in found["slices"][0]["models"]] == [[0, 2], [0, 2]]
+    assert found["tokenizer"]["pad_to_multiple_of"] == 64
+
+
+def test_a_method_without_its_base_is_one_fault(tmp_path: Path) -> None:
+    text = "merge_method: slerp\nparameters: {t: 0.5}\nmodels:\n  - model: a\n  - model: b\n"
+    assert faults(tmp_path, text) == ["r.yaml:1: slerp needs a base model; add base_model: REF."]
 
 
 def test_layer_ranges_count_forward(tmp_path: Path) -> None:

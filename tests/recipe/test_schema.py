@@ -218,7 +218,7 @@ def test_faults_of_an_entry(entry: str, expected: str, tmp_path: Path) -> None:
     ("more", "expected"),
     [
         ("tokenizer: {source: 5}", "tokenizer.source: is 5, allowed is 'union' or 'base'."),
-        ("tokenizer: {source: b}", "tokenizer.source: 'b' is no model of this recipe. Its models: a."),
+        ("tokenizer: {source: b}", "tokenizer.source: 'b' is neither union nor base nor a model of this recipe. Its models: a."),
         ("tokenizer: {tokens: {x: {source: q}}}", "tokenizer.tokens.x.source: 'q' is no model of this recipe. Its models: a."),
         (
             "tokenizer: {tokens: {x: {source: {model: a, tokn: y}}}}",

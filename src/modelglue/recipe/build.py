@@ -45,7 +45,8 @@ def read_with_models(
         try:
             models[reference] = open_reference(reference, folder, headers_only=headers_only)
         except UserError as error:
-            faults.append(str(error))
+            of_reference = str(error).startswith("'")  # a fault in a file begins with the file
+            faults.append((_where(recipe, reference) if of_reference else "") + str(error))
     if faults:
         raise CheckpointError("\n".join(faults))
     return recipe, models
@@ -58,6 +59,17 @@ def references(recipe: Recipe) -> list[str]:
         model = node.model if isinstance(node, Source | Into) else node
         found += [model] if isinstance(model, str) else references(model)
     return list(dict.fromkeys(found))
+
+
+def _where(recipe: Recipe, reference: str) -> str:
+    """File, line and place at which a recipe that was read first names a model, as the beginning of a fault."""
+    for place, node in recipe.inputs():
+        model = node.model if isinstance(node, Source | Into) else node
+        if model == reference:
+            return recipe.origin.fault((*place, "model") if isinstance(node, Source | Into) else place, "") if recipe.was_read else ""
+        if isinstance(model, Recipe) and reference in references(model):
+            return _where(model, reference)
+    return ""
 
 
 def build(recipe: Recipe, *, relative_to: Path | None = None, resolve: Resolve | None = None) -> Checkpoint:

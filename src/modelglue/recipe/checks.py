@@ -47,6 +47,11 @@ class Checks:
         if warning not in self.warnings:
             self.warnings.append(warning)
 
+    def word_for_base(self, place: Place) -> str:
+        """What the key of the base is called in the dialect in which the recipe at `place` was written."""
+        value = self._document.written(place)[0].value
+        return "base_model" if isinstance(value, dict) and "merge_method" in value else "base"
+
     def _structure(self, recipe: Recipe, place: Place) -> None:
         given = [key for key in _SHAPES if getattr(recipe, key)]
         if not given:
@@ -77,9 +82,12 @@ class Checks:
             if rule.source.token is not None and rule.source.token_id is not None:
                 self._fault((*place, *where), "names a token and a token_id; give one of them.")
         for where, name in named:
+            words = ["union", "base"] if where == ("tokenizer", "source") else []
             if name not in known:
-                hint = did_you_mean(name, known)
-                self._fault((*place, *where), f"'{name}' is no model of this recipe.{hint} Its models: {', '.join(dict.fromkeys(known))}.")
+                hint = did_you_mean(name, [*words, *known])
+                what = "neither union nor base nor a" if words else "no"
+                text = f"'{name}' is {what} model of this recipe.{hint} Its models: {', '.join(dict.fromkeys(known))}."
+                self._fault((*place, *where), text)
 
 
 class _Stretch:
@@ -102,7 +110,9 @@ class _Stretch:
         self._layers()
         count = len(self._stretch.models)
         method = self._method
-        if not method.min_models <= count <= (method.max_models or count):
+        baseless = method.needs_base and self._stretch.base is None and self._recipe.base is None
+        among = range(count - 1, count + 1) if baseless else (count,)  # one of them may be meant as the base
+        if not any(method.min_models <= models <= (method.max_models or models) for models in among):
             wanted = f"exactly {method.min_models}" if method.min_models == method.max_models else f"at least {method.min_models}"
             besides = " besides the base" if method.takes_base else ""
             what = "slice" if self._stretch.sliced else "recipe"
@@ -110,8 +120,8 @@ class _Stretch:
                 self._stretch.place,
                 f"{method.id} takes {wanted} model{'s' if method.min_models > 1 else ''}{besides}, the {what} has {count}.",
             )
-        if method.needs_base and self._stretch.base is None and self._recipe.base is None:
-            self._fault(self._stretch.place, f"{method.id} needs a base model; add base: REF.")
+        if baseless:
+            self._fault(self._stretch.place, f"{method.id} needs a base model; add {self._checks.word_for_base(self._place)}: REF.")
         if settings is not None and settings.constant and len(self._checks.faults) == self._found:
             self._values(settings)
 

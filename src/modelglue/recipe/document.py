@@ -112,7 +112,8 @@ def parse_documents(text: str, source: str) -> list[Document]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{source}{line}: is not valid YAML: {getattr(error, 'problem', None) or error}.") from error
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise RecipeError(f"{source}{line}: is not valid YAML: {problem}.") from error
     except RecursionError as error:
         raise RecipeError(f"{source}: is nested too deeply.") from error
     return [document for document in documents if document.value is not None] or [Document(source, None, {})]
@@ -209,7 +210,7 @@ def _scalar(node: yaml.Node) -> Any:
 def validate(document: Document, model: type[M]) -> M:
     """Check the document against a pydantic model; RecipeError lists all faults."""
     if not isinstance(document.value, dict):
-        raise RecipeError(f"{document.source}: is {_shown(document.value)}, allowed is a mapping of keys to values.")
+        raise RecipeError(f"{document.source}: is {shown(document.value)}, allowed is a mapping of keys to values.")
     try:
         return model.model_validate(document.value)
     except ValidationError as error:
@@ -231,19 +232,19 @@ def _explain(document: Document, model: type[BaseModel], detail: Any) -> str:
     if kind == "missing":
         return document.fault(place, "is required and missing.")
     if kind in _ALLOWED:
-        return document.fault(place, f"is {_shown(found)}, allowed is {_ALLOWED[kind]}.")
+        return document.fault(place, f"is {shown(found)}, allowed is {_ALLOWED[kind]}.")
     if kind in _BOUNDS:
         name, sign = _BOUNDS[kind]
-        return document.fault(place, f"is {_shown(found)}, allowed is a number {sign} {detail['ctx'][name]:g}.")
+        return document.fault(place, f"is {shown(found)}, allowed is a number {sign} {detail['ctx'][name]:g}.")
     if kind == "too_long":
         return document.fault(place, f"holds {detail['ctx']['actual_length']} items, allowed are {detail['ctx']['max_length']} at most.")
     if kind == "too_short":
         return document.fault(place, f"holds {detail['ctx']['actual_length']} items, allowed are {detail['ctx']['min_length']} or more.")
     if kind == "literal_error":
-        return document.fault(place, f"is {_shown(found)}, allowed is {detail['ctx']['expected']}.")
+        return document.fault(place, f"is {shown(found)}, allowed is {detail['ctx']['expected']}.")
     message = str(detail["msg"]).removeprefix("Value error, ")
-    shown = "" if kind == "value_error" else f", found {_shown(found)}"
-    return document.fault(place, f"{message[:1].lower() + message[1:]}{shown}.")
+    what = "" if kind == "value_error" else f", found {shown(found)}"
+    return document.fault(place, f"{message[:1].lower() + message[1:]}{what}.")
 
 
 #: pydantic's names of wrong types, in our words
@@ -272,7 +273,7 @@ _BOUNDS = {
 _LONGEST = 80
 
 
-def _shown(found: Any) -> str:
+def shown(found: Any) -> str:
     """A value as it stands in an error message."""
     if found is None:
         return "empty"

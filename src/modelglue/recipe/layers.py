@@ -100,8 +100,12 @@ def position(number: int, count: int) -> float:
 
 
 def kind_of(name: str) -> str:
-    """What a tower (or what a recipe calls it) is for: vision, audio, text, projector, encoder or decoder."""
-    return next((kind for kind, pattern in _KINDS if pattern.search(name)), "text")
+    """What a tower is for: vision, audio, text, projector, encoder or decoder; a word that says nothing means text."""
+    return _kind_in(name) or "text"
+
+
+def _kind_in(name: str) -> str | None:
+    return next((kind for kind, pattern in _KINDS if pattern.search(name)), None)
 
 
 def towers_of(names: Iterable[str], config: Mapping[str, Any]) -> tuple[Tower, ...]:
@@ -120,7 +124,7 @@ def find_tower(name: str, towers: Sequence[Tower]) -> Tower | None:
             return tower
     if name == DEFAULT:
         return towers[0] if len(towers) == 1 else None
-    kind = kind_of(name)
+    kind = _kind_in(name)
     alike = {kind, "text"} if kind == "decoder" else {kind, "decoder"} if kind == "text" else {kind}
     fitting = [tower for tower in towers if (tower.kind if tower.name != DEFAULT else "text") in alike]
     return fitting[0] if len(fitting) == 1 else None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelglue.recipe.document import Document, Place
+from modelglue.recipe.document import Document, Place, shown
 from modelglue.recipe.mergekit_reader import ENTRY, MODULE, OURS, SLICE, SOURCE, TOP, Converted, Reader, Reference
 from modelglue.recipe.mergekit_tokenizer import tokenizer_section, vocabulary_of
 from modelglue.recipe.schema import FORMAT, StoreDtype
@@ -58,7 +58,7 @@ class _Converter:
                 value["base"] = self._node(self._base, ("base",), ("base_model",))
         shapes = [key for key in ("models", "slices", "modules") if given.get(key)]
         if not shapes:
-            self._reader.fault(("models",), "is required and missing.")
+            self._nothing()
         for key in shapes[1:]:
             self._reader.fault((key,), f"stands beside {shapes[0]}; a recipe has one of models, slices, modules.")
         shared = self._reader.parameters(("parameters",), given.get("parameters"))
@@ -73,6 +73,13 @@ class _Converter:
         if shared:
             value["parameters"] = shared
         self._rest(value)
+
+    def _nothing(self) -> None:
+        empty = [key for key in ("models", "slices", "modules") if key in self._given]
+        for key in empty:
+            self._reader.fault((key,), "is empty; a recipe says in one of models, slices, modules what is merged.")
+        if not empty:
+            self._reader.fault((), "has none of models, slices, modules; a recipe has one of them.")
 
     def _rest(self, value: dict[str, Any]) -> None:
         given = self._given
@@ -147,7 +154,7 @@ class _Converter:
     def _inputs(self, place: Place, given: Any, allowed: tuple[str, ...]) -> list[_Input]:
         what = "{model: REF, layer_range: [A, B], parameters: {...}}" if "layer_range" in allowed else "{model: REF, parameters: {...}}"
         if not isinstance(given, list) or not given:
-            self._reader.fault(place, f"allowed is a list of {what}.")
+            self._reader.fault(place, f"is {shown(given)}, allowed is a list of {what}.")
             return []
         found = []
         for number, item in enumerate(given):
@@ -160,7 +167,7 @@ class _Converter:
                 self._reader.fault(here, f"has no model; allowed is {what}.")
                 continue
             reference = self._reader.reference((*here, "model"), entry["model"])
-            layers = entry.get("layer_range") if "layer_range" in allowed else None
+            layers = self._reader.layers((*here, "layer_range"), entry.get("layer_range")) if "layer_range" in allowed else None
             parameters = self._reader.parameters((*here, "parameters"), entry.get("parameters"))
             if reference is not None:
                 found.append(_Input(reference, here, layers, parameters))
@@ -193,7 +200,7 @@ class _Converter:
 
     def _slices(self, ours: Place, theirs: Place, given: Any) -> list[dict[str, Any]]:
         if not isinstance(given, list):
-            self._reader.fault((*theirs, "slices"), "allowed is a list of {sources: [...]}.")
+            self._reader.fault((*theirs, "slices"), f"is {shown(given)}, allowed is a list of {{sources: [...]}}.")
             return []
         found = []
         for number, item in enumerate(given):

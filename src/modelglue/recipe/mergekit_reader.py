@@ -10,7 +10,7 @@ from typing import Any
 from modelglue.errors import UserError, did_you_mean
 from modelglue.methods import all_methods, get
 from modelglue.methods.registry import Method
-from modelglue.recipe.document import Document, Place
+from modelglue.recipe.document import Document, Place, shown
 
 #: theirs, and settings of ours that a recipe of theirs may add
 TOP = (
@@ -64,6 +64,15 @@ class Converted:
     references: dict[Place, str] = field(default_factory=dict)
 
 
+def whole(value: Any) -> int | None:
+    """A whole number, also written as 4.0 or "4"; None for anything else."""
+    if isinstance(value, str):
+        return int(value) if value.strip().removeprefix("-").isdecimal() else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if value == value // 1 else None
+
+
 class Reader:
     """Reads the parts of one document, and notes in `out` what is wrong or odd, and where the parts of our recipe were written."""
 
@@ -94,7 +103,7 @@ class Reader:
     def mapping(self, place: Place, given: Any, what: str) -> Mapping[str, Any] | None:
         if isinstance(given, dict):
             return given
-        self.fault(place, f"allowed is {what}.")
+        self.fault(place, f"is {shown(given)}, allowed is {what}.")
         return None
 
     def keys(self, place: Place, given: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
@@ -105,7 +114,7 @@ class Reader:
             if key in _LEFTOVERS.get(allowed, ()):
                 self.warn((*place, key), "has no effect here; older versions knew it. It is ignored.")
             elif key in _EVERY_KEY:
-                self.fault((*place, key), f"does not belong here. Allowed: {', '.join(allowed)}.")
+                self.fault((*place, key), f"does not belong here.{did_you_mean(key, allowed)} Allowed: {', '.join(allowed)}.")
             elif self._is_parameter(key):
                 self.fault((*place, key), "is a parameter. Parameters stand under 'parameters:' in this dialect.")
             elif near := did_you_mean(key, allowed):
@@ -122,7 +131,8 @@ class Reader:
         if isinstance(given, str) and given:
             return Reference(given)
         if not isinstance(given, dict) or "model" not in given:
-            self.fault(place, "allowed is a reference as text, or {model: {path, revision}, lora: {path, revision}}.")
+            what = "a reference as text, or {model: {path, revision}, lora: {path, revision}}"
+            self.fault(place, f"is {shown(given)}, allowed is {what}.")
             return None
         self.keys(place, given, ("model", "lora", "override_architecture"))
         halves = [self._path((*place, key), given[key]) for key in ("model", "lora") if given.get(key) is not None]
@@ -133,10 +143,21 @@ class Reader:
         if isinstance(given, str):
             return given
         if not isinstance(given, dict) or not isinstance(given.get("path"), str):
-            self.fault(place, "allowed is a path as text, or {path, revision}.")
+            self.fault(place, f"is {shown(given)}, allowed is a path as text, or {{path, revision}}.")
             return ""
         self.keys(place, given, ("path", "revision"))
         return given["path"] if given.get("revision") is None else f"{given['path']}@{given['revision']}"
+
+    def layers(self, place: Place, given: Any) -> list[int] | None:
+        """A range of layers."""
+        if given is None:
+            return None
+        found = [number for item in given if (number := whole(item)) is not None] if isinstance(given, list) else []
+        if len(found) != 2 or len(given) != 2:
+            written = ", ".join(map(str, given)) if isinstance(given, list) else given
+            self.fault(place, f"is {f'[{written}]' if isinstance(given, list) else shown(given)}, allowed is [first, last + 1].")
+            return None
+        return found
 
     # -- parameters -----------------------------------------------------------------------------------------------------
 

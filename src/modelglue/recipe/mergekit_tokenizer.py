@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from modelglue.recipe.document import Place
-from modelglue.recipe.mergekit_reader import TOKEN, TOKENIZER, Reader
+from modelglue.recipe.mergekit_reader import TOKEN, TOKENIZER, Reader, whole
 
 
 def vocabulary_of(reader: Reader, ours: Place, theirs: Place, given: Any) -> Any:
@@ -33,7 +33,8 @@ def tokenizer_section(reader: Reader, given: Any) -> dict[str, Any]:
     if found:
         value["tokens"] = found
     if section.get("pad_to_multiple_of") is not None:
-        value["pad_to_multiple_of"] = section["pad_to_multiple_of"]
+        given = section["pad_to_multiple_of"]
+        value["pad_to_multiple_of"] = given if whole(given) is None else whole(given)
     return value
 
 

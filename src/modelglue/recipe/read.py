@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelglue.errors import RecipeError
+from modelglue.errors import RecipeError, did_you_mean
 from modelglue.recipe.checks import Checks
 from modelglue.recipe.document import Document, load_documents, validate
 from modelglue.recipe.mergekit import convert
@@ -33,9 +33,19 @@ def read_recipe(source: str | Path | Mapping[str, Any], *, strict: bool = False)
                 raise RecipeError(document.fault((key,), what))
     if any(isinstance(document.value, dict) and "merge_method" in document.value for document in documents):
         return _checked(*_theirs(documents), strict=strict)
+    for document in documents:
+        _refuse_a_misspelt_merge_method(document)
     if len(documents) > 1:
         raise RecipeError(f"{documents[0].source}: holds {len(documents)} YAML documents, one is allowed here. Nest recipes as models.")
     return _checked(documents[0], Converted(documents[0]), strict=strict)
+
+
+def _refuse_a_misspelt_merge_method(document: Document) -> None:
+    """The key that tells the dialects apart deserves words of its own; otherwise every key of the file would be a fault."""
+    if isinstance(document.value, dict) and not {"method", "format"} & set(document.value):
+        for key in document.value:
+            if did_you_mean(key, ["merge_method", "method"], limit=1) == did_you_mean("merge_method", ["merge_method"]):
+                raise RecipeError(document.fault((key,), "unknown key. Did you mean 'merge_method'?"))
 
 
 def _theirs(documents: Sequence[Document]) -> tuple[Document, Converted]:
