@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from modelglue.methods._breadcrumbs import TrimScope, merge_crumbs, rounds, unit
+from modelglue.methods._weights import summed
 from modelglue.methods.registry import PerModel, Range, method, per_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(unit=unit, units=("element", "row"), survey=rounds, source="Model Breadcrumbs, arXiv 2312.06795")
+@method(unit=unit, units=("element", "row"), survey=rounds, odd=summed, source="Model Breadcrumbs, arXiv 2312.06795")
 def breadcrumbs(
     models: Sequence[Tensor],
     base: Tensor,

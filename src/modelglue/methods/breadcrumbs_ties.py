@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from modelglue.methods._breadcrumbs import TrimScope, merge_crumbs, rounds, unit
+from modelglue.methods._weights import elected
 from modelglue.methods.registry import PerModel, Range, method, per_model
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     unit=unit,
     units=("element", "row"),
     survey=rounds,
+    odd=elected,
     source="Model Breadcrumbs, arXiv 2312.06795, with the election of TIES, arXiv 2306.01708",
 )
 def breadcrumbs_ties(

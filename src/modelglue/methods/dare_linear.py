@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from modelglue.methods._pruning import RescaleBy
 from modelglue.methods._random import DENSITY, drop_rounds, merge_dropped
+from modelglue.methods._weights import summed
 from modelglue.methods.registry import PerModel, Range, Round, method, per_model
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ def _rounds(parameters: Mapping[str, Any]) -> list[Round]:
     return drop_rounds(DENSITY, parameters)
 
 
-@method(survey=_rounds, symmetric=False, source="DARE, arXiv 2311.03099")
+@method(survey=_rounds, symmetric=False, odd=summed, source="DARE, arXiv 2311.03099")
 def dare_linear(
     models: Sequence[Tensor],
     base: Tensor,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from modelglue.methods._della import BY_RANK, Rows, window_fits
 from modelglue.methods._pruning import RescaleBy
 from modelglue.methods._random import drop_rounds, merge_dropped
+from modelglue.methods._weights import elected
 from modelglue.methods.registry import PerModel, Range, Round, method, per_model
 
 if TYPE_CHECKING:
@@ -19,8 +20,14 @@ def _rounds(parameters: Mapping[str, Any]) -> list[Round]:
 
 
 @method(
-    unit="channel", survey=_rounds, symmetric=False, check=window_fits, mergekit={"rows": "axis1"}, source="DELLA-Merging, arXiv 2406.11617"
-)  # fmt: skip
+    unit="channel",
+    survey=_rounds,
+    symmetric=False,
+    check=window_fits,
+    odd=elected,
+    mergekit={"rows": "axis1"},
+    source="DELLA-Merging, arXiv 2406.11617",
+)
 def della(
     models: Sequence[Tensor],
     base: Tensor,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modelglue.methods._task_vectors import weighted_sum
+from modelglue.methods._weights import summed
 from modelglue.methods.registry import PerModel, method
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def _weights_do_not_cancel(parameters: Mapping[str, Any], models: Sequence[str])
     return []
 
 
-@method(source="Model soups, arXiv 2203.05482", check=_weights_do_not_cancel, raw=True)
+@method(source="Model soups, arXiv 2203.05482", check=_weights_do_not_cancel, odd=summed, raw=True)
 def linear(models: Sequence[Tensor], *, weight: PerModel[float], normalize: bool = True) -> Tensor:
     """Weighted average of the models: sum_i w_i X_i, divided by sum_i w_i.
 

@@ -128,6 +128,7 @@ class Method:
     _unit: Unit | Callable[[Mapping[str, Any]], Unit] = field(repr=False)
     _rounds: Sequence[Round] | Callable[[Mapping[str, Any]], Sequence[Round]] = field(repr=False)
     _check: Check | None = field(repr=False, default=None)
+    _odd: Check | None = field(repr=False, default=None)
     _copies: Callable[[Mapping[str, Any]], bool] | None = field(repr=False, default=None)
 
     def __reduce__(self) -> Any:
@@ -152,6 +153,10 @@ class Method:
 
     def rounds(self, parameters: Mapping[str, Any]) -> Sequence[Round]:
         return self._rounds(parameters) if callable(self._rounds) else self._rounds
+
+    def odd(self, parameters: Mapping[str, Any], labels: Sequence[str]) -> Sequence[str]:
+        """What resolved parameters allow and hardly anybody means, in sentences."""
+        return self._odd(parameters, labels) if self._odd is not None else ()
 
     def copies(self, parameters: Mapping[str, Any]) -> bool:
         """Whether the result is the first model's tensor, whatever its dtype and values: then nothing is computed."""
@@ -227,6 +232,7 @@ def method(
     selective: bool = False,
     source: str,
     check: Check | None = None,
+    odd: Check | None = None,
     copies: Callable[[Mapping[str, Any]], bool] | None = None,
     mergekit: Mapping[str, Any] | None = None,
     without_effect: Sequence[str] = (),
@@ -238,9 +244,9 @@ def method(
     chunk functions widen their tensors themselves, and NaN spreads through them, so that nothing is converted or checked before; only
     where the unit is "element". symmetric: permuting models
     together with their parameters changes nothing. selective: even one model at full weight is taken in part only. check: what
-    single ranges cannot say about resolved parameters. copies: for which parameters the one model's tensor is taken as it is. mergekit:
-    values that its recipes mean where they say nothing, and where ours differ. without_effect: further names that its recipes may give
-    and that change nothing.
+    single ranges cannot say about resolved parameters. odd: the same, for what is allowed and warned of. copies: for which parameters
+    the one model's tensor is taken as it is. mergekit: values that its recipes mean where they say nothing, and where ours differ.
+    without_effect: further names that its recipes may give and that change nothing.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -266,7 +272,7 @@ def method(
             selective=selective, summary=doc.split("\n", 1)[0], doc=doc, source=source,
             needs_base="base" in inputs and not _optional(hints["base"])[1],
             mergekit=dict(mergekit or {}), without_effect=(*_NEVER_AN_EFFECT, *without_effect), _unit=unit, _rounds=survey,
-            _check=check, _copies=copies,
+            _check=check, _odd=odd, _copies=copies,
         )  # fmt: skip
         return function
 

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from modelglue.methods._task_vectors import add_scaled, divisor
+from modelglue.methods._weights import summed
 from modelglue.methods.registry import PerModel, method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(raw=True, without_effect=("density", "rescale"), source="Editing models with task arithmetic, arXiv 2212.04089")
+@method(raw=True, odd=summed, without_effect=("density", "rescale"), source="Editing models with task arithmetic, arXiv 2212.04089")
 def task_arithmetic(
     models: Sequence[Tensor], base: Tensor, *, weight: PerModel[float], lambda_: float = 1.0, normalize: bool = False
 ) -> Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from modelglue.methods._selection import kept
 from modelglue.methods._trimming import Band, merge_trimmed, trim_rounds, trim_scales, trimmed
+from modelglue.methods._weights import elected
 from modelglue.methods.registry import PerModel, Range, Round, method, per_model
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def _majority(partials: Sequence[int], known: Any, numel: int, parameters: Mappi
     return -1.0 if sum(partials) < 0 else 1.0
 
 
-@method(survey=_rounds, source="TIES-Merging, arXiv 2306.01708")
+@method(survey=_rounds, odd=elected, source="TIES-Merging, arXiv 2306.01708")
 def ties(
     models: Sequence[Tensor],
     base: Tensor,

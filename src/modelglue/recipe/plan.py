@@ -14,7 +14,7 @@ from modelglue.recipe.inputs import Inputs, Node, label_of_input
 from modelglue.recipe.layer_config import LayerSource, layer_fields
 from modelglue.recipe.layers import DEFAULT, Tower, find_tower, towers_of, unknown_tower
 from modelglue.recipe.schema import Recipe, Source, Stretch
-from modelglue.recipe.settings import Levels, Spot, evaluate, read_setting
+from modelglue.recipe.settings import Levels, Spot, distinct_values, evaluate, read_setting
 from modelglue.recipe.slicing import Run, cut
 
 
@@ -218,6 +218,9 @@ class _Planner:
         for fault, names in faults.items():
             where = f" (tensor '{names[0]}'{f' and {len(names) - 1} more' if len(names) > 1 else ''})" if not levels.constant else ""
             self._fault(place_of(fault, stretch), sentence(fault).removesuffix(".") + where + ".")
+        if not faults:
+            for text in dict.fromkeys(text for found in distinct_values(values) for text in self._method.odd(found, stretch.labels())):
+                self._warn(stretch.place, f"{self._method.id}: {text}")
         return values
 
     def _warn_of_filters(self) -> None:
