@@ -148,7 +148,7 @@ class Study:
         for id_, proposal in zip(ids, proposals, strict=True):
             if proposal.candidate is None:
                 found[id_] = Outcome(id_, proposal, "invalid", -math.inf, {})
-            elif (key := proposal.candidate.key) in self._first and not _reopened(self._first[key], incumbents):
+            elif (key := proposal.candidate.key) in self._first and not _reopened(self._first[key], incumbents, racing):
                 found[id_] = replace(self._first[key], id=id_, proposal=proposal)
                 self.counts["duplicates"] += 1
             elif key in fresh:
@@ -197,7 +197,10 @@ class Study:
         behind: dict[int, tuple[int, float]] = {}  # id -> who is ahead, and the most that the difference may be
         order: list[int] = []
         active = list(proposals)
-        for number, part in enumerate(self._prepared):
+        against_any = racing != "off" and (bool(incumbents) or (racing == "batch" and len(active) > 1))
+        begun = any(self._rows[id_] != id_ for id_ in active)  # and what has begun in parts goes on in parts
+        parts = self._prepared if against_any or begun else [_whole(self._prepared)]
+        for number, part in enumerate(parts):
             if number and self._clock.is_over(self.budget):
                 self.stopped = "the time is up"
                 return None
@@ -207,7 +210,7 @@ class Study:
                     self._paid.add(place)
                     self.spent += more.cost
             active = [id_ for id_ in active if scores[id_].status == "ok"]
-            if racing == "off" or number + 1 == len(self._prepared):
+            if not against_any or number + 1 == len(parts):
                 continue
             for id_, (leader, upper) in self._losers(active, scores, incumbents, racing).items():
                 behind[id_] = (leader, upper)
@@ -336,9 +339,17 @@ class Study:
         self.confirmed = dict(self._evaluate(CONFIRM, 0, wanted, self.confirm))
 
 
-def _reopened(outcome: Outcome, rivals: Sequence[Outcome]) -> bool:
-    """Whether a candidate that was given up on may yet win: what it has to beat now is less."""
-    return outcome.status == "pruned" and any(outcome.value >= rival.value for rival in rivals)
+def _whole(parts: Sequence[Part]) -> Part:
+    """All parts as one."""
+    found: dict[str, tuple[str, ...]] = {}
+    for part in parts:
+        found |= {task: (*found.get(task, ()), *ids) for task, ids in part.items()}
+    return found
+
+
+def _reopened(outcome: Outcome, rivals: Sequence[Outcome], racing: Racing) -> bool:
+    """Whether a candidate that was given up on is needed whole, or may yet win: what it has to beat now is less."""
+    return outcome.status == "pruned" and (racing == "off" or any(outcome.value >= rival.value for rival in rivals))
 
 
 class _Clock:
