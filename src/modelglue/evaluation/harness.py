@@ -1,38 +1,30 @@
-"""lm-evaluation-harness defines prompts, answers and metrics; here its tasks become items.
+"""lm-evaluation-harness defines prompts, answers and metrics; here its tasks are found and loaded.
 
-This is the only file that knows the harness. It is imported when tasks are loaded, and never runs a model.
+The harness is imported when tasks are loaded, and never runs a model.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 import functools
-import hashlib
-import inspect
 import io
-import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from modelglue.errors import UserError, did_you_mean
-from modelglue.evaluation.items import Generation, Item, Request
-from modelglue.evaluation.marking import HarnessMarker
+from modelglue.evaluation.definitions import SHIPPED, Definition
+from modelglue.evaluation.harness_items import items_of, remember_answers
+from modelglue.evaluation.items import Item
+from modelglue.evaluation.program_items import sampled
 
-#: part of every item's key: raise it when the same replies would be marked otherwise, or requests be answered otherwise
-_VERSION = 2
-#: the harness's own defaults
-_MAX_NEW_TOKENS = 256
+#: the harness's own default
 _FEWSHOT_SEED = 1234
-#: output types that give one value in [0, 1] per item
-_OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "generate_until")
 
 
 def load_skills(names: Sequence[str], include: Path | None) -> Iterator[tuple[str, str, list[Item]]]:
@@ -40,6 +32,60 @@ def load_skills(names: Sequence[str], include: Path | None) -> Iterator[tuple[st
     manager = _manager([name.partition(":")[0] for name in names], include)
     for name in names:
         yield name, *_load_skill(manager, name, include)
+
+
+def load_local(definition: Definition, metric: str | None = None) -> list[Item]:
+    """The items of a definition of kind `harness`: settings of the harness under `harness`, documents under `data`.
+
+    `data` names the splits `test` and, for examples, `fewshot`. `by`: the field of a document that says which part of the task it is of;
+    the examples of a part are its own, and `description` may name it. `sample`: so many of the items, chosen by their ids.
+    """
+    definition.only("data", "harness", "by", "sample")
+    settings = definition.get("harness", dict)
+    documents = definition.documents()
+    by = definition.get("by", str, "")
+    if wrong := [split for split in documents if split not in ("test", "fewshot")]:
+        raise UserError(f"{definition.place}: data names the split '{wrong[0]}'; allowed are test and fewshot.")
+    items: list[Item] = []
+    for part in dict.fromkeys(_part(definition, document, by) for document in documents.get("test", ())):
+        mine = {split: [one for one in rows if _part(definition, one, by) == part] for split, rows in documents.items()}
+        config = {
+            **settings, "task": definition.name + (f"_{part}" if part else ""), "dataset_path": "json", "test_split": "test",
+            "custom_dataset": functools.partial(_datasets, mine),
+        }  # fmt: skip
+        if "description" in settings:
+            config["description"] = str(settings["description"]).replace("{part}", part.replace("_", " "))
+        if "fewshot" in mine:
+            config["fewshot_split"] = "fewshot"
+        items += _load_inline(definition, config, metric)
+    return sampled(definition, items)
+
+
+def _part(definition: Definition, document: Any, by: str) -> str:
+    if by and by not in document:
+        raise UserError(f"{definition.place}: a document has no field '{by}', by which the task is divided.")
+    return str(document[by]) if by else ""
+
+
+def _datasets(splits: Mapping[str, list[Any]], **_: Any) -> Any:
+    import datasets
+
+    return datasets.DatasetDict({split: datasets.Dataset.from_list([dict(row) for row in rows]) for split, rows in splits.items() if rows})
+
+
+def _load_inline(definition: Definition, config: Mapping[str, Any], metric: str | None) -> list[Item]:
+    manager = _manager([], SHIPPED)
+    try:
+        with _quiet():
+            (task,) = manager.load(dict(config))["tasks"].values()
+            task.set_fewshot_seed(_FEWSHOT_SEED)
+            task.build_all_requests()
+            remember_answers(task)
+    except Exception as error:  # the harness, and templates that meet documents of another form
+        raise UserError(
+            f"{definition.place}: cannot be loaded: {_reason(error)}. Are its documents of the form that it expects?"
+        ) from error
+    return list(items_of(task, metric, f" ({definition.path})"))
 
 
 def _manager(names: Sequence[str], include: Path | None) -> Any:
@@ -83,14 +129,14 @@ def _load_skill(manager: Any, name: str, include: Path | None) -> tuple[str, lis
             for task in loaded.values():
                 task.set_fewshot_seed(_FEWSHOT_SEED)
                 task.build_all_requests()
-                _remember(task)
+                remember_answers(task)
     except Exception as error:  # the harness, datasets and the task's own code raise whatever they like
         raise UserError(
             f"task '{plain}'{place}: cannot be loaded: {_reason(error)}. Is its data there? Paths are taken from the YAML file's folder."
         ) from error
     if not loaded:
         raise UserError(f"task '{plain}'{place}: is a group without tasks. Name a task.")
-    items = [item for task in loaded.values() for item in _items(task, metric or None, place)]
+    items = [item for task in loaded.values() for item in items_of(task, metric or None, place)]
     single = next(iter(loaded.values())) if len(loaded) == 1 else None
     alias = (single.config.task_alias if single is not None else None) or plain
     return str(alias), items
@@ -103,99 +149,6 @@ def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split()).rstrip(".")
     said = text if " " in text else repr(error)
     return said if error.__cause__ is None else f"{said}: {_reason(error.__cause__)}"
-
-
-def _items(task: Any, metric: str | None, place: str) -> Iterator[Item]:
-    import lm_eval
-
-    name = task.task_name
-    output_type = task.config.output_type
-    if output_type not in _OUTPUT_TYPES:
-        raise UserError(f"task '{name}'{place}: output_type is {output_type}; allowed are {', '.join(_OUTPUT_TYPES)}.")
-    if getattr(task, "UNSAFE_CODE", False):
-        raise UserError(f"task '{name}'{place}: runs generated programs, which is not supported yet. Choose another task.")
-    if getattr(task, "MULTIMODAL", False):
-        raise UserError(f"task '{name}'{place}: needs images or sound; only text is supported. Choose another task.")
-    directions = task.higher_is_better()
-    chosen = metric or next(iter(directions), None)
-    if chosen is None:
-        raise UserError(f"task '{name}'{place}: has no metric. Give it a metric_list.")
-    if chosen not in directions:
-        raise UserError(f"task '{name}'{place}: has no metric '{chosen}', but {', '.join(directions)}.{did_you_mean(chosen, directions)}")
-    if not directions[chosen]:
-        raise UserError(
-            f"task '{name}'{place}: lower is better for its metric '{chosen}'. Choose another as TASK:METRIC, larger must be better."
-        )
-    by_document: dict[int, list[Any]] = {}
-    for instance in task.instances:
-        by_document.setdefault(instance.doc_id, []).append(instance)
-    rules = [task.config.filter_list, task.config.metric_list, task.config.process_results]
-    marking = [_VERSION, lm_eval.__version__, output_type, chosen, *map(_plain, rules)]
-    for number, instances in enumerate(by_document.values()):
-        instances.sort(key=lambda instance: instance.idx)
-        requests = tuple(_request(instance, f"task '{name}'{place}") for instance in instances)
-        document = _plain(instances[0].doc)
-        key = _digest([marking, document, _reference(task, instances[0].doc), [dataclasses.astuple(request) for request in requests]])
-        marker = HarnessMarker(task, tuple(instances), chosen, _golds(task, instances[0].doc, len(requests)))
-        item = Item(_digest([document])[:16], key, requests, marker)
-        if number == 0:  # a metric that cannot be used is found before any model is asked
-            item.mark([(0.0, False) if request.generation is None else "" for request in requests])
-        yield item
-
-
-def _remember(task: Any) -> None:
-    """Right answers and choices of a document are rendered once; the harness compiles their templates anew for every mark."""
-    for name in ("doc_to_target", "doc_to_choice"):
-        setattr(task, name, _remembering(getattr(task, name)))
-
-
-def _remembering(function: Callable[..., Any]) -> Callable[..., Any]:
-    known: dict[int, tuple[Any, Any]] = {}
-
-    @functools.wraps(function)
-    def remembered(document: Any, *arguments: Any, **options: Any) -> Any:
-        if arguments or options:
-            return function(document, *arguments, **options)
-        if id(document) not in known:
-            known[id(document)] = document, function(document)  # with the document, so that its id is nobody else's
-        return copy.copy(known[id(document)][1])
-
-    return remembered
-
-
-def _golds(task: Any, document: Any, requests: int) -> tuple[int, ...]:
-    """Positions of the requests that ask for a right answer: what the loss is taken of. None where text is generated."""
-    if task.config.output_type != "multiple_choice":
-        return (0,) if task.config.output_type == "loglikelihood" else ()
-    gold = task.doc_to_text(document) if getattr(task, "multiple_input", 0) else task.doc_to_target(document)
-    choices = task.doc_to_choice(document)
-    chosen = [
-        choices.index(one) if isinstance(one, str) and one in choices else one for one in (gold if isinstance(gold, list) else [gold])
-    ]
-    return tuple(one for one in chosen if isinstance(one, int) and 0 <= one < min(requests, len(choices)))
-
-
-def _reference(task: Any, document: Any) -> Any:
-    """What answers to one document are held against: the task file says where in the document it stands."""
-    choices = task.doc_to_choice(document) if getattr(task.config, "doc_to_choice", None) is not None else None
-    gold = task.doc_to_text(document) if getattr(task, "multiple_input", 0) else task.doc_to_target(document)
-    return _plain([gold, choices])
-
-
-def _request(instance: Any, where: str) -> Request:
-    if instance.request_type == "loglikelihood":
-        context, continuation = instance.args[:2]
-        return Request(str(context), str(continuation))
-    prompt, settings = instance.args[:2]
-    if settings.get("do_sample") or (settings.get("do_sample") is None and settings.get("temperature", 0.0) > 0):
-        raise UserError(
-            f"{where}: asks for sampling; candidates are compared on greedy answers. Set do_sample: false in its generation_kwargs."
-        )
-    if (instance.repeats or 1) != 1:
-        raise UserError(f"{where}: asks for {instance.repeats} repeats; greedy answers are all alike. Set repeats: 1.")
-    until = settings.get("until") or []
-    limit = next((settings[key] for key in ("max_gen_toks", "max_new_tokens", "max_tokens") if key in settings), _MAX_NEW_TOKENS)
-    return Request(str(prompt), generation=Generation(tuple([until] if isinstance(until, str) else until), int(limit)))
 
 
 def _why_unknown(name: str, include: Path | None) -> str:
@@ -274,24 +227,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
-
-
-def _plain(value: Any) -> Any:
-    """JSON-ready, and the same in every process: functions stand for their name and the text of their file."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(child) for key, child in value.items()}
-    if isinstance(value, str | int | float | bool) or value is None:
-        return value
-    if isinstance(value, Sequence):
-        return [_plain(child) for child in value]
-    if not callable(value):
-        return type(value).__qualname__
-    try:
-        text = Path(inspect.getfile(inspect.unwrap(value))).read_bytes()
-    except (TypeError, OSError):  # built in
-        text = b""
-    return [getattr(value, "__qualname__", type(value).__qualname__), hashlib.sha256(text).hexdigest()]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -51,6 +51,10 @@ class Marker(Protocol):
     def gives_loss(self) -> bool:
         """Whether items are marked with a loss besides the value."""
 
+    @property
+    def concurrent(self) -> bool:
+        """Whether marking takes so long, outside of this process, that several items are marked at once."""
+
     def mark(self, item: Item, replies: Sequence[Reply]) -> tuple[float, float | None]:
         """(value, loss) of one item for the model's replies, in the order of its requests."""
 

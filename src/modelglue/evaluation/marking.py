@@ -27,6 +27,10 @@ class HarnessMarker:
     def gives_loss(self) -> bool:
         return bool(self.golds)
 
+    @property
+    def concurrent(self) -> bool:
+        return False
+
     def mark(self, item: Item, replies: Sequence[Reply]) -> tuple[float, float | None]:
         """The metric's value, and the negative log likelihood (nats) of the right answer, of the likeliest where there are several."""
         where = f"task '{self.task.task_name}'"

@@ -6,12 +6,14 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from modelglue.evaluation.items import Item, Mark, Reply, Request
 from modelglue.evaluation.store import ScoreStore
 from modelglue.evaluation.tasks import TaskSet
 from modelglue.recipe import Cost, Plan, Scores
+from modelglue.settings import default_workers
 
 if TYPE_CHECKING:
     from modelglue.models import TextModel
@@ -139,9 +141,15 @@ def answer(model: TextModel, questions: Questions) -> tuple[Answers, list[int]]:
 
 def marks_of(items: Sequence[Item], replies: Answers, tokens: Sequence[int]) -> dict[str, Mark]:
     """Marks by the items' keys."""
+    given_to = dict(zip([id(item) for item in items], replies, strict=True))
+    marked = {id(item): item.mark(given_to[id(item)]) for item in items if not item.marker.concurrent}
+    slow = [item for item in items if item.marker.concurrent]
+    if slow:
+        with ThreadPoolExecutor(default_workers()) as pool:
+            marked |= zip([id(item) for item in slow], pool.map(lambda item: item.mark(given_to[id(item)]), slow), strict=True)
     found = {}
     for item, given, count in zip(items, replies, tokens, strict=True):
-        value, loss = item.mark(given)
+        value, loss = marked[id(item)]
         texts = [str(reply) for reply in given if isinstance(reply, str)]
         digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:_DIGEST] if texts else None
         found[item.key] = Mark(value, loss, digest, count)

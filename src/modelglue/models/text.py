@@ -6,7 +6,7 @@ answer does not depend (beyond rounding) on what it is batched with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from modelglue.errors import CheckpointError
@@ -72,9 +72,12 @@ class LiveTextModel:
         the border counts to the continuation. Blanks at a context's end move to the continuation.
         """
         with inference(self.model):
-            rows = self._rows(pairs)
-            self.tokens = [len(row.ids) for row in rows]
-            return score_rows(self._reader, rows, self._vocabulary)
+            windows = self._rows(pairs)
+            rows = [row for part in windows for row in part]
+            self.tokens = [sum(len(row.ids) for row in part) for part in windows]
+            found = iter(score_rows(self._reader, rows, self._vocabulary))
+            scored = [[next(found) for _ in part] for part in windows]
+        return [(sum(value for value, _ in part), all(greedy for _, greedy in part)) for part in scored]
 
     def generate(self, prompts: Sequence[str], *, until: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy, with the model's cache; a row stops at an end-of-text id or when its decoded text holds a stop string.
@@ -97,7 +100,8 @@ class LiveTextModel:
                 self.tokens[place] = len(rows[place]) + len(ids)
         return texts
 
-    def _rows(self, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+    def _rows(self, pairs: Sequence[tuple[str, str]]) -> list[list[Row]]:
+        """One row for each pair; of a text without a context that the model cannot read at once, several, each of which scores a part."""
         kept = [context.rstrip() for context, _ in pairs]
         whole = [context + continuation for context, continuation in pairs]
         texts = list(dict.fromkeys(kept + whole))
@@ -110,9 +114,20 @@ class LiveTextModel:
                 ids = ids if ids[:1] == [self._first] else [self._first, *ids]
                 start = 1
             over = max(len(ids) - self._limit - 1, 0)  # the last id is only predicted
+            if over and not context:
+                rows.append(list(self._windows(ids)))
+                continue
             self.truncated += over > 0
-            rows.append(Row(ids[over:], max(start - over, 1)))
+            rows.append([Row(ids[over:], max(start - over, 1))])
         return rows
+
+    def _windows(self, ids: list[int]) -> Iterator[Row]:
+        """Parts of a text after its first id. From the second on each has half of the model's positions before it."""
+        start, stop = 1, self._limit + 1
+        while start < len(ids):
+            begin = max(stop - self._limit - 1, 0)
+            yield Row(ids[begin:stop], start - begin)
+            start, stop = stop, min(stop + max(self._limit // 2, 1), len(ids))
 
     def _begins(self, text: str) -> bool:
         return bool(self._first_text) and text.startswith(self._first_text)
