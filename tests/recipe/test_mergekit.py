@@ -511,6 +511,18 @@ def test_whole_numbers_may_be_written_otherwise(tmp_path: Path) -> None:
     assert found["tokenizer"]["pad_to_multiple_of"] == 64
 
 
+def test_a_value_of_the_whole_merge_has_no_effect_on_one_model(tmp_path: Path) -> None:
+    """As in mergekit, whose grammar takes any parameter anywhere; but it is said."""
+    text = "merge_method: ties\nbase_model: x\nmodels:\n  - model: a\n    parameters: {weight: 1, normalize: false, int8_mask: true}\n"
+    expected = (
+        "r.yaml:5: models[0].parameters.normalize: is one value for the whole merge, so it has no effect here; "
+        "it belongs under the recipe's parameters."
+    )
+    assert warnings(tmp_path, text) == [expected]
+    assert canonical(read(tmp_path, text))["models"] == [{"model": "a", "weight": 1}]
+    assert faults(tmp_path, text, strict=True) == [expected]
+
+
 def test_a_method_without_its_base_is_one_fault(tmp_path: Path) -> None:
     text = "merge_method: slerp\nparameters: {t: 0.5}\nmodels:\n  - model: a\n  - model: b\n"
     assert faults(tmp_path, text) == ["r.yaml:1: slerp needs a base model; add base_model: REF."]

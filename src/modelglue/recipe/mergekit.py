@@ -168,7 +168,7 @@ class _Converter:
                 continue
             reference = self._reader.reference((*here, "model"), entry["model"])
             layers = self._reader.layers((*here, "layer_range"), entry.get("layer_range")) if "layer_range" in allowed else None
-            parameters = self._reader.parameters((*here, "parameters"), entry.get("parameters"))
+            parameters = self._reader.parameters((*here, "parameters"), entry.get("parameters"), of_model=True)
             if reference is not None:
                 found.append(_Input(reference, here, layers, parameters))
         return found

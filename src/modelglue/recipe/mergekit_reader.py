@@ -161,8 +161,8 @@ class Reader:
 
     # -- parameters -----------------------------------------------------------------------------------------------------
 
-    def parameters(self, place: Place, given: Any) -> dict[str, Any]:
-        """One `parameters` mapping, without what has no effect."""
+    def parameters(self, place: Place, given: Any, *, of_model: bool = False) -> dict[str, Any]:
+        """One `parameters` mapping, without what has no effect; `of_model`: one of a single model."""
         if given is None:
             return {}
         mapping = self.mapping(place, given, "a mapping of parameter names to values")
@@ -170,10 +170,15 @@ class Reader:
         if mapping is None or method is None:
             return dict(mapping or {})
         known = [parameter.name for parameter in method.parameters]
+        shared = [parameter.name for parameter in method.parameters if not parameter.per_model]
         elsewhere = {parameter.name for other in all_methods() for parameter in other.parameters}
         found = {}
         for name, setting in mapping.items():
-            if name in known:
+            if of_model and name in shared:
+                self.warn(
+                    (*place, name), "is one value for the whole merge, so it has no effect here; it belongs under the recipe's parameters."
+                )
+            elif name in known:
                 found[name] = self._numbers((*place, name), name, setting)
             elif name in method.without_effect:
                 continue
