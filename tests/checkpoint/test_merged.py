@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import math
 import os
 import pickle
 from collections import Counter
@@ -461,3 +462,22 @@ def test_description_of_a_seeded_merge() -> None:
     assert value["base"] == "model0"
     assert [model["density"] for model in value["models"]] == [0.5] * 3
     assert value["parameters"] == {"lambda": 1.0, "normalize": False, "rescale": True, "rescale_by": "inverse"}
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "slerp-0", "slerp-1", "task_arithmetic", "task_arithmetic-0", "model_stock", "ties"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [0, 1])
+def test_what_is_no_number_names_its_model_whatever_the_method_does_with_it(method: str, value: float, where: int) -> None:
+    """Also where a method takes inputs as they are stored and only its result is looked at, and where the result is one of the inputs."""
+    method, _, end = method.partition("-")
+    zoo = [TensorsCheckpoint({"w": randn(300, seed=n).bfloat16()}, label=f"in{n}") for n in range(2 if method == "slerp" else 3)]
+    bad = zoo[where].read("w").clone()
+    bad[123] = value
+    zoo[where] = TensorsCheckpoint({"w": bad}, label=f"in{where}")
+    given_: dict[str, Any] = {"t": float(end or 0.4)} if method == "slerp" else {"lambda": float(end)} if end else {}
+    merged = merge_of(zoo, method, **given_)
+    if method == "linear" and where == 0:
+        return  # it takes no base
+    name = "in0" if where == 0 else "model1"
+    with pytest.raises(MergeError, match=rf"{name}.*: tensor 'w' holds NaN or infinity near element 123\."):
+        merged.read("w")

@@ -216,11 +216,13 @@ class Engine:
 
         parameters = self._job.parameters_of(name)
         survey = self._survey(name)
-        raw = shape is None and getattr(self._job.method, "raw", False)
+        raw = self._raw(name)
         surveyed = any(round_.ranges is None for round_ in self._job.rounds(name))  # every element has been looked at
         models, base, uniform = self._inputs(name, start, stop, shape, raw=raw, check=not surveyed and not raw)
         with device.there():
             result = self._job.method.merge(models, base, uniform, survey, start, parameters)
+        if raw and not surveyed and any(result is given for given in (*models, base)):
+            self._load(name, start, stop, raw=False, check=True)  # nothing was computed in which the others could show
         dtype = torch_dtype(self._job.outputs[name].dtype)
         stored = result.reshape(-1).to(dtype)
         # The sum of a chunk is finite unless an element is not (or the sum overflows, so look again before complaining).
@@ -235,6 +237,10 @@ class Engine:
             raise MergeError(f"{self._job.method.id}: tensor '{name}' comes out with NaN or infinity. Change the parameters.")
         lane = device.current()
         return stored if lane is None else lane.download(stored)
+
+    def _raw(self, name: str) -> bool:
+        """Whether the method takes this tensor's inputs as they are stored; what is no number in them then shows in the result."""
+        return bool(getattr(self._job.method, "raw", False)) and self._job.unit(name) == "element"
 
     def _copy(self, name: str, start: int, stop: int) -> torch.Tensor:
         import torch
