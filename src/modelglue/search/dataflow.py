@@ -116,7 +116,7 @@ class DataFlowSearch:
         self._generation += 1
 
     def done(self) -> bool:
-        return self._count >= self._trials or bool(self._optimiser.should_stop())
+        return self._count >= self._trials or (self._space.scaled and bool(self._optimiser.should_stop()))
 
     def report(self) -> Mapping[str, Any]:
         return {"generations": self._generation, "slots": self._space.flow.slots, "donor": self._space.donor}

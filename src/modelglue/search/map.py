@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -11,6 +10,7 @@ import numpy as np
 from modelglue.errors import UserError, did_you_mean
 from modelglue.search.decode import MergeSpace
 from modelglue.search.item_response import Floats
+from modelglue.search.pareto import hypervolume
 from modelglue.search.randomness import rng
 from modelglue.search.searcher import Needs, Outcome, Proposal
 from modelglue.search.surrogate import Link, Quadratic, coefficient_count, first_points, fit, poor_fits, preferred, surrogate_front
@@ -197,12 +197,20 @@ class MapSearch:
 
 
 def _spread(front: Floats, count: int, first: int) -> list[int]:
-    """Positions of `count` points of a front [n, tasks] far from each other, starting with `first`."""
+    """Positions of `count` points of a front [n, tasks], starting with `first`: each next one adds most to what they cover together.
+
+    From four tasks on, where covering is costly to measure, each next one is the farthest from those before.
+    """
     chosen = [first]
-    width = np.maximum(front.max(axis=0) - front.min(axis=0), 1e-12)
+    low, width = front.min(axis=0), np.maximum(front.max(axis=0) - front.min(axis=0), 1e-12)
+    scaled = (front - low) / width
     while len(chosen) < min(count, len(front)):
-        away = np.min([np.linalg.norm((front - front[one]) / width, axis=1) for one in chosen], axis=0)
-        if not away.max() > 0:
+        if front.shape[1] <= 3:
+            gains = [hypervolume(scaled[[*chosen, number]], np.full(front.shape[1], -0.1)) for number in range(len(front))]
+        else:
+            gains = [float(np.linalg.norm(scaled[chosen] - point, axis=1).min()) for point in scaled]
+        best = int(np.argmax(gains))
+        if best in chosen:
             break
-        chosen.append(int(away.argmax()))
-    return chosen if math.isfinite(float(front.sum())) else [first]
+        chosen.append(best)
+    return chosen

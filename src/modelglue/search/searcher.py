@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias
 
 from modelglue.errors import UserError
@@ -80,7 +81,7 @@ class Outcome:
         """Whether the value is the score itself and no bound."""
         return self.status == "ok"
 
-    @property
+    @cached_property
     def merit(self) -> float:
         """The value; what scores the same is told apart by its loss, where the evaluator gives one."""
         loss = self.scores.loss if self.whole else None

@@ -64,6 +64,7 @@ class Study:
         self._first: dict[str, Outcome] = {}  # by candidate key
         self._rows: dict[int, int] = {}  # the candidate under which the journal keeps the scores of another one with the same key
         self._paid: set[tuple[int, int]] = set()
+        self._best: list[Outcome] = []
         self._asked = 0
         self._batches = 0
         self._stalled = 0
@@ -141,7 +142,7 @@ class Study:
         needs = self.searcher.needs
         racing = needs.racing if self._can_race else "off"
         rivals = [outcome for outcome in self.outcomes if outcome.id == needs.rival and outcome.whole]
-        incumbents = rivals or ranked(self.outcomes)[:1]
+        incumbents = rivals or self._best
         ids = self._record(proposals)
         found: dict[int, Outcome] = {}
         fresh: dict[str, int] = {}  # key -> the first proposal of this batch that has it
@@ -281,6 +282,7 @@ class Study:
     def _tell(self, outcomes: list[Outcome]) -> None:
         self.searcher.tell(outcomes)
         self.outcomes += outcomes
+        self._best = ranked([*self._best, *outcomes])[:1]
         fields = {
             "batch": self._batches - 1,
             "values": [None if not math.isfinite(outcome.value) else outcome.value for outcome in outcomes],
@@ -289,7 +291,7 @@ class Study:
         }
         fresh = self.journal.trace("told", fields)
         self._clock.tick(self._batches, fresh=fresh)
-        best = ranked(self.outcomes)[:1]
+        best = self._best
         self.on_event(
             "told",
             {
