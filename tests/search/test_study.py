@@ -111,6 +111,7 @@ def test_a_generation_that_the_budget_cuts_short_is_scored_and_not_told() -> Non
     run.run()
     assert [key for key, _ in evaluator.asked] == [A.key, B.key, C.key]
     assert len(searcher.told) == 1
+    assert [outcome.id for outcome in run.outcomes] == [0, 1, 2], "it counts all the same"
 
 
 def test_a_budget_must_be_a_number_above_0() -> None:

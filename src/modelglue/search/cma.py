@@ -16,6 +16,8 @@ from modelglue.search.space import Params
 
 #: the setting of the evolutionary strategy of Model-GLUE (arXiv 2410.05357)
 TRIALS, SIGMA = 200, 1 / 6
+#: with fewer there is no covariance to learn
+LEAST_POPULATION = 4
 
 
 def population_for(dimensions: int) -> int:
@@ -45,8 +47,10 @@ class CmaSearch:
         self._decoder, self._seed, self._trials, self._name = decoder, seed, trials, name
         self._dimensions = space.dimensions
         self._population = population or population_for(self._dimensions)
-        if self._population < 2 or not sigma > 0:
-            raise UserError(f"a population of {self._population} with a step of {sigma}; allowed are 2 or more, and a step above 0.")
+        if self._population < LEAST_POPULATION or not sigma > 0:
+            raise UserError(
+                f"a population of {self._population} with a step of {sigma:g}; allowed are {LEAST_POPULATION} or more, and a step above 0."
+            )
         width = max(2, self._dimensions)  # the library wants two dimensions at least; a second one that nobody reads does no harm
         mean = np.full(width, 0.5)
         if start is not None:

@@ -17,6 +17,7 @@ import numpy as np
 from modelglue.errors import UserError
 from modelglue.recipe import DATA_FLOW, Candidate
 from modelglue.recipe.dataflow import FlowSpace, Hop
+from modelglue.search.cma import LEAST_POPULATION
 from modelglue.search.item_response import Floats
 from modelglue.search.randomness import rng
 from modelglue.search.searcher import Needs, Outcome, Proposal, told
@@ -88,6 +89,8 @@ class DataFlowSearch:
 
         if len(depths) < 1 or repeats < 1 or not 0 < scales[0] <= scales[1]:
             raise UserError(f"{len(depths)} models, {repeats} repetitions, scales {list(scales)}; allowed are 1 or more, scales above 0.")
+        if population is not None and population < LEAST_POPULATION:
+            raise UserError(f"a population of {population}; allowed are {LEAST_POPULATION} or more.")
         self._space = PathSpace(FlowSpace(dict(depths), repeats), max_layers, scales)
         self._seed, self._trials, self._count, self._generation = seed, trials, 0, 0
         slots = self._space.flow.slots

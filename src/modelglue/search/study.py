@@ -52,7 +52,7 @@ class Study:
     on_event: Listener = lambda _name, _fields: None
 
     outcomes: list[Outcome] = field(default_factory=list, init=False)
-    """Everything that was told, in order."""
+    """Everything that was scored, in order; a batch that the budget cut short is not told, and counts."""
     confirmed: dict[int, Scores] = field(default_factory=dict, init=False)
     """Finalists: scores on the confirmation items."""
     spent: Cost = field(default=Cost(), init=False)
@@ -86,7 +86,8 @@ class Study:
                 self.stopped = "the searcher has nothing more to ask"
                 break
             outcomes = self._score_batch(proposals)
-            if outcomes is None:
+            self._remember(outcomes)
+            if len(outcomes) < len(proposals):
                 break
             self._tell(outcomes)
         self._confirm()
@@ -137,8 +138,8 @@ class Study:
 
     # -- a batch -------------------------------------------------------------------------------------------------------------------
 
-    def _score_batch(self, proposals: Sequence[Proposal]) -> list[Outcome] | None:
-        """Outcomes in order, or None where the budget did not reach to the end of the batch."""
+    def _score_batch(self, proposals: Sequence[Proposal]) -> list[Outcome]:
+        """Outcomes in order; fewer where the budget did not reach to the end of the batch."""
         needs = self.searcher.needs
         racing = needs.racing if self._can_race else "off"
         rivals = [outcome for outcome in self.outcomes if outcome.id == needs.rival and outcome.whole]
@@ -163,19 +164,18 @@ class Study:
         self._stalled = 0 if waiting else self._stalled + len(proposals)
         while waiting:
             count = self._affordable(len(waiting))
-            if not count:
-                return None
             wave, waiting = waiting[:count], waiting[count:]
-            scored = self._race({id_: by_id[id_] for id_ in wave}, racing, incumbents)
+            scored = self._race({id_: by_id[id_] for id_ in wave}, racing, incumbents) if wave else None
             if scored is None:
-                return None
+                break
             found |= scored
             self._first |= {key: scored[id_] for key, id_ in fresh.items() if id_ in scored}
         for id_, proposal in by_id.items():
-            if id_ not in found:
-                assert proposal.candidate is not None
-                found[id_] = replace(self._first[proposal.candidate.key], id=id_, proposal=proposal)
-        return [found[id_] for id_ in ids]
+            if id_ not in found and proposal.candidate is not None and proposal.candidate.key in self._first:
+                first = self._first[proposal.candidate.key]
+                if not _reopened(first, incumbents, racing):
+                    found[id_] = replace(first, id=id_, proposal=proposal)
+        return [found[id_] for id_ in ids if id_ in found]
 
     def _record(self, proposals: Sequence[Proposal]) -> list[int]:
         rows = [
@@ -279,10 +279,13 @@ class Study:
 
     # -- after a batch -------------------------------------------------------------------------------------------------------------
 
-    def _tell(self, outcomes: list[Outcome]) -> None:
-        self.searcher.tell(outcomes)
+    def _remember(self, outcomes: Sequence[Outcome]) -> None:
+        """What was scored counts, told or not."""
         self.outcomes += outcomes
         self._best = ranked([*self._best, *outcomes])[:1]
+
+    def _tell(self, outcomes: list[Outcome]) -> None:
+        self.searcher.tell(outcomes)
         fields = {
             "batch": self._batches - 1,
             "values": [None if not math.isfinite(outcome.value) else outcome.value for outcome in outcomes],
