@@ -282,6 +282,27 @@ def test_a_tied_head_is_held_once_and_stays_tied(tmp_path: Path) -> None:
             torch.testing.assert_close(again.tensor(name), ours.tensor(name), rtol=1e-5, atol=1e-5)
 
 
+def test_the_head_of_gpt_neox_is_called_as_live_models_call_it(tmp_path: Path) -> None:
+    """PEFT passes over what it does not find, so under the file's name the head's update would be lost without a word."""
+    base, ours = (TensorsCheckpoint({"embed_out.weight": randn(9, 6, seed=seed), "x.q.weight": randn(6, 6, seed=seed)}) for seed in (1, 2))
+    extract_lora(ours, base, tmp_path / "lora", energy=1.0)
+    adapter = open_adapter(tmp_path / "lora")
+    assert list(adapter.updates) == adapter.config.raw["target_modules"] == ["lm_head", "x.q"]
+    torch.testing.assert_close(rebuilt(base, tmp_path / "lora").tensor("embed_out.weight"), ours.tensor("embed_out.weight"))
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_classifiers_are_saved_whole_as_peft_expects_it(tmp_path: Path, equal: bool) -> None:
+    config = {"architectures": ["BertForSequenceClassification"]}
+    base = TensorsCheckpoint({"score.weight": randn(3, 6), "x.q.weight": randn(6, 6)}, config)
+    ours = like(base, x__q__weight=randn(6, 6, seed=1), **({} if equal else {"score__weight": randn(3, 6, seed=2)}))
+    found = extract_lora(ours, base, tmp_path / "out", energy=1.0)
+    assert kinds(found) == {"score.weight": "saved", "x.q.weight": "lora"}
+    adapter = open_adapter(tmp_path / "out")
+    assert (adapter.config.modules_to_save, adapter.config.raw["task_type"]) == (("score",), "SEQ_CLS")
+    assert torch.equal(rebuilt(base, tmp_path / "out").tensor("score.weight"), ours.tensor("score.weight"))
+
+
 # -- runs -------------------------------------------------------------------------------------------------------------------------
 
 

@@ -494,6 +494,21 @@ def test_modules_that_the_files_of_a_class_call_otherwise(tmp_path: Path, live: 
     assert (adapted.names(), adapted.warnings) == (base.names(), ())
 
 
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        ("WhisperForConditionalGeneration", "proj_out"), ("BertForMaskedLM", "cls.predictions.decoder"),
+        ("RobertaForMaskedLM", "lm_head.decoder"), ("LlamaForCausalLM", "lm_head"),
+    ],
+)  # fmt: skip
+def test_tied_heads_have_the_names_of_their_class(tmp_path: Path, kind: str, head: str) -> None:
+    tied = without(base_model(), f"{HEAD}.weight", config={"architectures": [kind], "tie_word_embeddings": True, "vocab_size": 9})
+    tensors = linear(head, 9, 5)
+    adapted = open_adapted(tied, [write_adapter(tmp_path / "a", tensors)], "base+a")
+    assert changed(adapted, tied) == [f"{EMBEDDING}.weight"]
+    near(adapted.tensor(f"{EMBEDDING}.weight"), tied.tensor(f"{EMBEDDING}.weight") + update(tensors, head))
+
+
 def test_a_classifier_has_no_head_that_is_tied(tmp_path: Path) -> None:
     config = {"architectures": ["BertForSequenceClassification"], "vocab_size": 9}
     classifier = without(base_model(), f"{HEAD}.weight", config=config)

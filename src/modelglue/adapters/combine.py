@@ -165,7 +165,7 @@ def _check(
 
 def _largest_rank(adapter: Adapter) -> int:
     """The rank that PEFT reserves for a combination: the config's, also where no module has it any more."""
-    return max([adapter.config.r, *adapter.config.rank_pattern.values()])
+    return int(max([adapter.config.r, *adapter.config.rank_pattern.values()]))
 
 
 def _rank(adapters: Sequence[Adapter], mode: str, svd_rank: int | None) -> int:

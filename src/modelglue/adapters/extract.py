@@ -26,6 +26,7 @@ from modelglue.checkpoint import (
     write_json_atomic,
 )  # fmt: skip
 from modelglue.checkpoint.adapter.keys import PREFIX
+from modelglue.checkpoint.adapter.names import in_live_models
 from modelglue.checkpoint.staging import check_apart
 from modelglue.checkpoint.workers import run_tasks
 from modelglue.errors import CheckpointError, MergeError, UserError
@@ -296,16 +297,17 @@ def _assembled(
             "model and base do not differ where the adapter may: there is nothing to extract. Check both paths, and the patterns."
         )
     config = adapter_config(
-        ranks=ranks,
+        ranks={in_live_models(module): rank for module, rank in ranks.items()},
         scale_one=max(ranks.values(), default=1),
         base=base_name,
         task_type=_task_type(job.model),
         fan_in_fan_out=job.transposed,
         lora_bias=moved,
         bias="lora_only" if replaces else "none",
-        modules_to_save=chosen.saved_modules,
+        modules_to_save=[in_live_models(module) for module in chosen.saved_modules],
         tied=chosen.tied is not None,
     )
+    tensors = {f"{PREFIX}{in_live_models(key.removeprefix(PREFIX))}": values for key, values in tensors.items()}
     return tensors, config, [reports[name] for name in sorted(reports)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -51,7 +51,6 @@ def select_tensors(
     exclude: Sequence[str],
     embed_lora: bool,
     save_others: bool,
-    progress: Callable[[], None] | None = None,
 ) -> Selection:
     """Decide over every tensor. Reads what cannot be decomposed (norms, biases, tables), to see whether it has changed.
 
@@ -64,6 +63,7 @@ def select_tensors(
     _check_patterns([*include, *exclude], names)
     heads = _tied_heads(model, base)
     pair = _tied_pair(model, base)
+    classifiers = _classifiers(model.config, names)
     for name in names:
         module = name.rpartition(".")[0]
         if not _is_chosen(module, include, exclude):
@@ -72,11 +72,12 @@ def select_tensors(
             chosen.kinds[name] = "tied"
         elif _is_decomposable(model, base, name, known):
             table, tied = _is_table(model, name), pair is not None and name == pair[0]
-            chosen.kinds[name] = "lora" if not table else "embedding" if embed_lora and not tied else "saved"
+            whole = module in classifiers or (table and (tied or not embed_lora))
+            chosen.kinds[name] = "saved" if whole else "embedding" if table else "lora"
         else:
             chosen.kinds[name] = "saved"
     for name in chosen.of("saved"):
-        if name in known and _is_equal(model, base, name):
+        if name in known and name.rpartition(".")[0] not in classifiers and _is_equal(model, base, name):
             chosen.kinds[name] = "equal"
     if pair is not None and chosen.kinds.get(pair[0]) == "saved":
         chosen.tied = pair
@@ -87,7 +88,7 @@ def select_tensors(
         chosen.warnings.append(
             f"the model lacks {len(missing)} tensors of the base, among them '{missing[0]}'; the adapter keeps the base's."
         )
-    _move_biases(chosen, model, base)
+    _move_biases(chosen, model, base, known)
     if save_others:
         for name in [name for name in chosen.of("saved") if "." not in name]:
             chosen.kinds[name] = "left out"
@@ -126,15 +127,8 @@ def _fits(module: str, pattern: str) -> bool:
 def _tied_pair(model: Checkpoint, base: Checkpoint) -> tuple[str, str] | None:
     """Embedding and head of a base in which they are one."""
     embedding, written = naming.input_embedding(base), naming.output_head(base.names())
-    head = written or _unwritten_head(model)
+    head = written or (naming.unwritten_head(model.config) if model.config.get("architectures") else None)
     return (embedding, head) if embedding and head and naming.is_tied(base.config, written is not None) else None
-
-
-def _unwritten_head(model: Checkpoint) -> str | None:
-    """What transformers calls the tied head of a language model, which is not written to the disk."""
-    names = model.config.get("architectures")
-    endings = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    return "lm_head.weight" if isinstance(names, list) and names and str(names[0]).endswith(endings) else None
 
 
 def _tied_heads(model: Checkpoint, base: Checkpoint) -> set[str]:
@@ -144,6 +138,14 @@ def _tied_heads(model: Checkpoint, base: Checkpoint) -> set[str]:
         return set()
     same = model.info(head) == model.info(embedding) and _is_equal(model, model, head, embedding)
     return {head} if same and naming.output_head(base.names()) == head else set()
+
+
+def _classifiers(config: Mapping[str, object], names: Sequence[str]) -> set[str]:
+    """The modules that PEFT saves whole in every adapter of such a model, and misses where they are not."""
+    classes = config.get("architectures")
+    if not isinstance(classes, list) or not classes or not str(classes[0]).endswith("ForSequenceClassification"):
+        return set()
+    return {name.rpartition(".")[0] for name in names} & {"classifier", "score"}
 
 
 def _is_decomposable(model: Checkpoint, base: Checkpoint, name: str, known: set[str]) -> bool:
@@ -178,17 +180,14 @@ def _is_equal(model: Checkpoint, base: Checkpoint, name: str, other: str | None 
     return True
 
 
-def _move_biases(chosen: Selection, model: Checkpoint, base: Checkpoint) -> None:
+def _move_biases(chosen: Selection, model: Checkpoint, base: Checkpoint, known: set[str]) -> None:
     """Changed biases of layers whose weights have changed go with the update, instead of being saved with the whole layer."""
     for weight in chosen.of("lora"):
         bias = weight.removesuffix("weight") + "bias"
-        if chosen.kinds.get(bias) == "saved" and model.info(bias).shape == _shape(base, bias) and not _is_equal(model, base, weight):
+        same_shape = bias in known and chosen.kinds.get(bias) == "saved" and model.info(bias).shape == base.info(bias).shape
+        if same_shape and not _is_equal(model, base, weight):
             del chosen.kinds[bias]
             chosen.moved_biases.append(bias)
-
-
-def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:
-    return checkpoint.info(name).shape if name in checkpoint.names() else None
 
 
 def _save_whole_modules(chosen: Selection, names: Sequence[str]) -> None:
@@ -196,16 +195,23 @@ def _save_whole_modules(chosen: Selection, names: Sequence[str]) -> None:
     modules = {name.rpartition(".")[0] for name in chosen.of("saved")}
     everything = {name.rpartition(".")[0] for name in names}
     while True:
-        matched = {module for module in everything if any(module.endswith(saved) for saved in modules)}
-        inside = {module for module in everything if any(module.startswith(f"{saved}.") for saved in modules | matched)}
-        grown = modules | matched
+        lengths = {len(module) for module in modules}
+        grown = modules | {module for module in everything if any(module[-length:] in modules for length in lengths)}
         for name in names:
-            if name.rpartition(".")[0] in grown | inside and chosen.kinds.get(name) != "saved":
+            module = name.rpartition(".")[0]
+            if chosen.kinds.get(name) != "saved" and (module in grown or _is_inside(module, grown)):
                 chosen.kinds[name] = "saved"
-                if name in chosen.moved_biases:
-                    chosen.moved_biases.remove(name)
         if grown == modules:
             break
         modules = grown
-    outermost = [module for module in sorted(modules) if not any(module.startswith(f"{other}.") for other in modules)]
-    chosen.saved_modules = outermost
+    chosen.moved_biases = [bias for bias in chosen.moved_biases if chosen.kinds.get(bias) != "saved"]
+    chosen.saved_modules = [module for module in sorted(modules) if not _is_inside(module, modules)]
+
+
+def _is_inside(module: str, others: set[str]) -> bool:
+    """Whether it is a part of one of the others."""
+    while module:
+        module = module.rpartition(".")[0]
+        if module in others:
+            return True
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,11 @@ _HEADS = ("lm_head", "embed_out", "output")
 _RENAMED = ((".mlp.experts", ".block_sparse_moe.experts"), (".mlp.gate", ".block_sparse_moe.gate"), ("lm_head", "embed_out"))
 #: classes that turn states into logits of tokens
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
+#: beginnings of the names of classes that call their head otherwise than most
+_OTHER_HEADS = {
+    "Whisper": "proj_out", "Bert": "cls.predictions.decoder", "DistilBert": "vocab_projector", "Roberta": "lm_head.decoder",
+    "XLMRoberta": "lm_head.decoder", "Albert": "predictions.decoder", "Electra": "generator_lm_head",
+}  # fmt: skip
 _SHOWN = 4
 
 
@@ -21,6 +27,12 @@ def on_disk(module: str, known: set[str]) -> str:
     """The module under the name that the files of its architecture give it, if the base has that and not the other."""
     renamed = [module.replace(live, file) for live, file in _RENAMED if module.endswith(live)]
     return renamed[0] if module not in known and renamed and renamed[0] in known else module
+
+
+def in_live_models(name: str) -> str:
+    """What a live model calls a module or tensor of its file, where an adapter must call it so to be heard: GPT-NeoX's head."""
+    module, dot, rest = name.partition(".")
+    return f"lm_head{dot}{rest}" if module == "embed_out" else name
 
 
 def with_other_prefix(modules: Iterable[str], added: Iterable[str], known: set[str], label: str) -> dict[str, str]:
@@ -103,10 +115,14 @@ def is_tied(config: Mapping[str, Any], head_on_disk: bool) -> bool:
     return bool(said) if isinstance(said, bool) else not head_on_disk
 
 
-def may_have_head(config: Mapping[str, Any]) -> bool:
-    """Whether a model of this config turns states into logits of tokens; where its class is not known, it may."""
+def unwritten_head(config: Mapping[str, Any]) -> str | None:
+    """What a live model of this config calls a tied head, which is not written to the disk; None for a class that has none."""
     names = config.get("architectures")
-    return not (isinstance(names, list) and names) or str(names[0]).endswith(_LANGUAGE_MODELS)
+    name = str(names[0]) if isinstance(names, list) and names else _LANGUAGE_MODELS[0]
+    if not name.endswith(_LANGUAGE_MODELS):
+        return None
+    other = re.match(rf"({'|'.join(_OTHER_HEADS)})(?=For|LMHead)", name)
+    return f"{_OTHER_HEADS[other[1]] if other else 'lm_head'}.weight"
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:

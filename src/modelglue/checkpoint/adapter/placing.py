@@ -102,7 +102,8 @@ class _Placing:
         replaced = {tensor.rpartition(".")[0]: tensor for tensor in adapter.replaced if tensor not in self.names}
         own = {module for module, tensor in replaced.items() if adapter.config.is_saved(tensor) and module not in wanted}
         called = {module: naming.on_disk(module, self.modules) for module in [*wanted, *replaced]}
-        there = self.modules | own | ({"lm_head", "embed_out"} if self._may_be_tied() else set())
+        tied = self._tied_head()
+        there = self.modules | own | ({tied.removesuffix(".weight")} if tied is not None else set())
         missing = [module for module in called if called[module] not in there]
         if missing:
             called |= naming.with_other_prefix(missing, sorted(own), self.modules, str(adapter.path))
@@ -114,11 +115,10 @@ class _Placing:
             raise CheckpointError(f"{adapter.path}: adapts '{twice[0]}' of the base under two names. Rename the adapter's tensors.")
         return called
 
-    def _may_be_tied(self) -> bool:
-        config = self.base.config
-        return (
-            self.head is None and self.embedding is not None and naming.is_tied(config, head_on_disk=False) and naming.may_have_head(config)
-        )
+    def _tied_head(self) -> str | None:
+        """What the adapter calls a head that the base does not hold, because it is its embedding."""
+        tied = self.head is None and self.embedding is not None and naming.is_tied(self.base.config, head_on_disk=False)
+        return naming.unwritten_head(self.base.config) if tied else None
 
     # -- what happens to a tensor ---------------------------------------------------------------------------------------
 
@@ -160,9 +160,6 @@ class _Placing:
         else:
             dtype = known.dtype if known.dtype in FLOATING else info.dtype
             self.changes[name] = replace(change, info=TensorInfo(info.shape, dtype), replaced=(adapter, key))
-
-    def _tied_head(self) -> str | None:
-        return "lm_head.weight" if self._may_be_tied() else None
 
     def _same(self, adapter: Adapter, key: str, name: str) -> None:
         """Two adapters replace one tensor, which only makes sense with equal values."""
