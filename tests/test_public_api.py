@@ -21,7 +21,7 @@ open save select similarity
 """.split()  # noqa: SIM905
 
 FLOOR_NAMES = {
-    "evaluation": "CandidateEvaluator ScoreStore TaskSet evaluate leak_check score_text_model",
+    "evaluation": "CandidateEvaluator FunctionEvaluator ScoreStore TaskSet VllmResident evaluate leak_check score_text_model",
     "methods": "Method Parameter PerModel Range all_methods get method per_model",
     "recipe": """
         DATA_FLOW FORMAT LEVELS WHOLE Candidate CheckReport Cost Document Evaluator Level Plan Recipe Request Scorer Scores Status build

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from modelglue.checkpoint import Checkpoint
-from modelglue.errors import CheckpointError, MergeError, ModelGlueError, RecipeError, WorkerDiedError
-from modelglue.evaluation.crew import Crew, Outcome, Processes, is_out_of_memory
+from modelglue.evaluation.crew import Crew, Outcome, Processes
+from modelglue.evaluation.failures import judged
 from modelglue.evaluation.items import Item
 from modelglue.evaluation.members import Members
-from modelglue.evaluation.resident import ResidentModel
+from modelglue.evaluation.resident import Resident, ResidentModel
 from modelglue.evaluation.scoring import Asked, BatchListener, answer, marks_of
 from modelglue.evaluation.store import ScoreStore
 from modelglue.evaluation.tasks import TaskSet
@@ -45,7 +45,7 @@ class CandidateEvaluator:
         store: ScoreStore,
         *,
         store_dtype: str | None = None,
-        resident: ResidentModel | None = None,
+        resident: Resident | None = None,
         on_batch: BatchListener | None = None,
         workers: int = 1,
         crew: Crew | None = None,
@@ -109,7 +109,7 @@ class CandidateEvaluator:
                 live = self._resident.holding(self.members.expression(candidate), work.key)
                 work.asked.add(marks_of(batch, *answer(live, [item.requests for item in batch])), self._on_batch)
         except Exception as error:
-            return work.outcome(self._judged(error))
+            return work.outcome(judged(error, self._timeout))
         return work.outcome()
 
     def evaluate_many(self, requests: Sequence[tuple[Candidate, Plan]]) -> Iterator[tuple[int, Scores]]:
@@ -127,20 +127,6 @@ class CandidateEvaluator:
         asked = Asked(key, self._task_set, self._store, plan, description=candidate.key)
         end = time.monotonic() + (self._timeout if self._timeout is not None else 0.0)
         return _Work(number, candidate, key, asked, deque(asked.missing()), end)
-
-    def _judged(self, error: Exception) -> tuple[Status, str]:
-        """What an exception says of the candidate; raised again if no candidate could have been scored."""
-        if is_out_of_memory(error):
-            return "failed", f"out of memory: {error}".rstrip(": ")
-        if isinstance(error, TimeoutError):
-            return "failed", f"took longer than {self._timeout:g} seconds"
-        if isinstance(error, MergeError | RecipeError):
-            return "invalid", str(error)
-        if isinstance(error, CheckpointError | WorkerDiedError):
-            return "failed", str(error)
-        if isinstance(error, ModelGlueError):
-            raise error
-        return "failed", str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
 
 
 @dataclass
@@ -229,7 +215,7 @@ class _Shift:
 
     def _take(self, work: _Work, batch: list[Item], outcome: Outcome) -> None:
         if isinstance(outcome, Exception):
-            work.problem = self._evaluator._judged(outcome)
+            work.problem = judged(outcome, self._evaluator._timeout)
             work.batches.clear()
         else:
             work.asked.add(marks_of(batch, *outcome), self._evaluator._on_batch)
@@ -241,4 +227,4 @@ class _Shift:
                 self._crew.renew(lane)
                 del self._lane[lane]
             del self._active[work.key]
-            yield work.number, work.outcome(self._evaluator._judged(TimeoutError()))
+            yield work.number, work.outcome(judged(TimeoutError(), self._evaluator._timeout))

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, TypeAlias
 
 from modelglue.errors import ModelGlueError, WorkerDiedError
+from modelglue.evaluation.failures import is_out_of_memory
 from modelglue.evaluation.members import Members
 from modelglue.evaluation.resident import ResidentModel
 from modelglue.evaluation.scoring import Answers, Questions, answer
@@ -155,10 +156,3 @@ def _portable(error: Exception) -> Exception:
     if is_out_of_memory(error):
         return MemoryError(str(error))
     return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python had no memory, of the machine or of an accelerator."""
-    text = str(error).lower()
-    torchs = isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    return torchs or isinstance(error, MemoryError)

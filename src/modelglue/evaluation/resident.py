@@ -5,10 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from modelglue.checkpoint import Checkpoint, file_bytes
 from modelglue.models import LiveTextModel, load_into, load_live, load_tokenizer
+
+if TYPE_CHECKING:
+    from modelglue.models import TextModel
+
+
+class Resident(Protocol):
+    """Where the model is that checkpoints pass through: a module, or an engine."""
+
+    def holding(self, checkpoint: Checkpoint, content: str) -> TextModel:
+        """It, with the weights of `checkpoint`, which `content` names."""
 
 
 class ResidentModel:
@@ -28,7 +38,7 @@ class ResidentModel:
     def holding(self, checkpoint: Checkpoint, content: str) -> LiveTextModel:
         """The live model with the weights of `checkpoint`; `content` names them, so that the same ones are not loaded twice."""
         if self._model is None or self._content != content:
-            shape = _shape(checkpoint)
+            shape = shape_of(checkpoint)
             values = {name: checkpoint.values_of(name) for name in checkpoint.names()}
             held, self._values = self._values, {}
             self._content = None  # should loading fail half-way, nothing is held
@@ -44,7 +54,7 @@ class ResidentModel:
         return self._model
 
 
-def _shape(checkpoint: Checkpoint) -> str:
+def shape_of(checkpoint: Checkpoint) -> str:
     """All that a live model is built from besides the weights: config, tensor shapes, tokenizer."""
     shapes: list[Any] = [[name, list(checkpoint.info(name).shape)] for name in checkpoint.names()]
     files = {name: _file_digest(file) for name, file in sorted(checkpoint.files.items())}

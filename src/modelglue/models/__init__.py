@@ -1,6 +1,7 @@
 """Floor 4: live models; the only floor below 5 that imports transformers."""
 
 from modelglue.models.cached import batches
+from modelglue.models.encoding import TextEncoder
 from modelglue.models.forward import inference
 from modelglue.models.live import check_fit, load_into, load_live
 from modelglue.models.roles import Roles, decoder_layers, roles_of
@@ -10,6 +11,7 @@ from modelglue.models.tokenizers import has_tokenizer, load_tokenizer
 __all__ = [
     "LiveTextModel",
     "Roles",
+    "TextEncoder",
     "TextModel",
     "Unanswered",
     "batches",
