@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from modelglue.checkpoint import tensor_names as names
 from tests.cli.conftest import Run, tree
 from tests.recipe.on_disk import write_model
 
@@ -47,6 +48,19 @@ def test_every_tensor(run: Run, zoo: Path, changed: Path) -> None:
     assert rows[start + 1][3:] == ["1.000000", "100.00", "%", "60"]
     assert len(rows) == start + 1 + 14
     assert all(row[1] == "=" for row in rows[start + 2 :])
+
+
+def test_names_are_told_once_however_many_layers_are_shown(run: Run, zoo: Path, changed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If every row of the table asked all tensors for their roles, a model of 60,000 tensors would take many minutes."""
+    asked: list[str] = []
+
+    def role_of(name: str) -> str:
+        asked.append(name)
+        return names.role_of(name)
+
+    monkeypatch.setattr("modelglue.zoo.difference.role_of", role_of)
+    assert run("diff", zoo / "base", changed, "--workers", "1", "--tensors", "--out", zoo / "d.html").code == 0
+    assert sorted(asked) == sorted(load_file(changed / "model.safetensors"))
 
 
 def test_json(run: Run, zoo: Path, changed: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -95,11 +95,11 @@ class TensorDifference:
     dtypes: tuple[str, str]
     sums: Sums
 
-    @property
+    @cached_property
     def layer(self) -> Layer | None:
         return layer_of(self.name)
 
-    @property
+    @cached_property
     def role(self) -> str:
         return role_of(self.name)
 
@@ -117,16 +117,19 @@ class Difference:
     packed: tuple[str, ...] = ()
     """Tensors whose dtype packs several numbers into a byte, which are not read."""
 
-    @property
+    @cached_property
     def total(self) -> Sums:
         return _added(tensor.sums for tensor in self.tensors)
 
-    @property
+    @cached_property
     def roles(self) -> dict[str, Sums]:
         """Sums by role, for the roles that there are, in the order of ROLES."""
-        return {role: _added(one.sums for one in self.tensors if one.role == role) for role in ROLES if role in self._roles}
+        found: dict[str, Sums] = {}
+        for one in self.tensors:
+            found[one.role] = found.get(one.role, Sums()).plus(one.sums)
+        return {role: found[role] for role in ROLES if role in found}
 
-    @property
+    @cached_property
     def layers(self) -> dict[Layer | None, dict[str, Sums]]:
         """Sums by layer and role; layers in order, stack after stack, and None, for what stands in no layer, at the end."""
         found: dict[Layer | None, dict[str, Sums]] = {}
@@ -162,10 +165,6 @@ class Difference:
         bad = [one for one in self.tensors if one.sums.not_finite]
         found += [f"tensor '{one.name}' holds {one.sums.not_finite} values that are NaN or infinite; no norm counts them." for one in bad]
         return tuple(found)
-
-    @property
-    def _roles(self) -> set[str]:
-        return {one.role for one in self.tensors}
 
     def to_json(self) -> dict[str, Any]:
         return {
