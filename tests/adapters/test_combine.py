@@ -221,6 +221,20 @@ def test_what_cannot_be_combined(tmp_path: Path) -> None:
         combine([plain, other])
     with pytest.raises(UserError, match="there is no adapter to combine"):
         combine([])
+    wrong = open_adapter(write_adapter(tmp_path / "wrong", linear("m", 8, 6, 3)))
+    with pytest.raises(MergeError, match=r"wrong: 'm' has rank 3, the config gives it 4\."):
+        combine([plain, wrong], None, "cat")
+    whole = open_adapter(write_adapter(tmp_path / "whole", {"m.weight": randn(8, 6)}, modules_to_save=["m"]))
+    for adapters in ([plain, whole], [whole, plain]):
+        with pytest.raises(MergeError, match=r"whole: replaces 'm\.weight', which .*a0 updates; these cannot be combined"):
+            combine(adapters)
+
+
+@pytest.mark.parametrize("mode", ["cat", "svd", "magnitude_prune_svd"])
+def test_sums_that_do_not_fit_are_told(tmp_path: Path, mode: Any) -> None:
+    adapters = opened(tmp_path, {name: 1e30 * values for name, values in FIRST.items()}, SECOND)
+    with pytest.raises(MergeError, match=r"the combined update of 'm' does not fit float(16|32)\."):
+        combine(adapters, None, mode, density=0.5 if mode == "magnitude_prune_svd" else None, dtype="F16")
 
 
 def test_equal_adapters_give_equal_bytes_and_inputs_are_safe(tmp_path: Path) -> None:

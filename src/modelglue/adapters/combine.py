@@ -157,10 +157,16 @@ def _check(
             )
         elif adapter.config.target_parameters or any(update.depth for update in adapter.updates.values()):
             faults.append(f"{adapter.path}: adapts parameters that are no modules, which cannot be combined. Merge adapted models instead.")
+        else:
+            faults += [
+                f"{adapter.path}: '{name}' has rank {rank}, the config gives it {adapter.config.rank(name)}. Fetch the adapter again."
+                for name, rank in ((name, adapter.info(update.A).shape[0]) for name, update in adapter.updates.items())
+                if rank != adapter.config.rank(name)
+            ]
         if adapter.config.fan_in_fan_out != adapters[0].config.fan_in_fan_out:
             faults.append(f"{adapter.path}: stores its layers transposed (fan_in_fan_out) and {adapters[0].path} does not, or the reverse.")
     if faults:
-        raise MergeError("\n".join(faults))
+        raise MergeError("\n".join(dict.fromkeys(faults)))
 
 
 def _largest_rank(adapter: Adapter) -> int:
@@ -201,7 +207,7 @@ class _Made:
         B = torch.cat([B, B.new_zeros(B.shape[0], rank - B.shape[1])], 1).to(self.dtype)
         for side, values in zip(_SIDES, (A, B), strict=True):
             name = f"lora_embedding_{side[-1]}" if embedding else f"{side}.weight"
-            self.tensors[f"{PREFIX}{module}.{name}"] = values.contiguous()
+            self.tensors[f"{PREFIX}{module}.{name}"] = _finite(values, module).contiguous()
 
     def keep_replaced(self, adapters: Sequence[Adapter]) -> None:
         """What adapters replace is kept, as it is, unless two replace one thing by different values."""
@@ -211,6 +217,12 @@ class _Made:
                 embedding = adapter.updates.get(name.rpartition(".")[0])
                 inside = "base_layer." if embedding is not None else ""
                 module, _, parameter = name.rpartition(".")
+                if embedding is None and (other := next((one for one in adapters if module in one.updates), None)) is not None:
+                    faults.append(
+                        f"{adapter.path}: replaces '{name}', which {other.path} updates; these cannot be combined. "
+                        "Merge adapted models instead."
+                    )
+                    continue
                 self._keep(f"{PREFIX}{module}.{inside}{parameter}", name, adapter, key, faults)
             for module, key in adapter.tokens.items():
                 rows = adapter.config.tokens(module)
@@ -266,7 +278,18 @@ def _combine_module(module: str, adapters: Sequence[Adapter], weights: Sequence[
     ]
     if biases:
         made.lora_bias = True
-        made.tensors[f"{PREFIX}{module}.lora_B.bias"] = weighted_sum(*map(list, zip(*biases, strict=True))).to(made.dtype)
+        made.tensors[f"{PREFIX}{module}.lora_B.bias"] = _finite(weighted_sum(*map(list, zip(*biases, strict=True))).to(made.dtype), module)
+
+
+def _finite(values: torch.Tensor, module: str) -> torch.Tensor:
+    import torch
+
+    if not bool(torch.isfinite(values).all()):
+        raise MergeError(
+            f"the combined update of '{module}' does not fit {str(values.dtype).removeprefix('torch.')}. "
+            "Look at the weights and at the adapters' scales, or store float32."
+        )
+    return values
 
 
 def _side_by_side(found: Sequence[Factors], scaled: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -302,7 +325,7 @@ def _decomposed(
         best = truncated_product(lefts, [factors.A for factors in found], settings.rank)
     else:  # a clamp depends on the signs of singular vectors, which are the library's only if the same matrix is decomposed
         deltas = [(factors.B @ factors.A) * factors.scale for factors in found]
-        merged = _operated(operation, module, deltas, weights, streams, settings)
+        merged = _finite(_operated(operation, module, deltas, weights, streams, settings), module)
         best = truncated_svd(merged, max_rank=settings.rank, exact=True)
     A, B = best.V.T, best.U * best.s
     if settings.clamp is not None:
