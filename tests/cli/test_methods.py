@@ -33,8 +33,27 @@ def test_an_explanation(run: Run, name: str) -> None:
     method = get(name)
     assert found.out.splitlines()[0] == f"{name}  {method.source}"
     assert " ".join(method.doc.partition("Parameters:")[0].split()) in found.text
-    rows = found.out[found.out.index("\nparameter ") :].splitlines()[2:]
+    assert ("\nparameter " in found.out) == bool(method.parameters)
+    rows = found.out.partition("\nparameter ")[2].splitlines()[1:]
     assert [row.split()[0] for row in rows if not row.startswith(" ")] == [parameter.name for parameter in method.parameters]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("linear", "Takes 1 model or more. parameter"),
+        ("slerp", "Takes a base and 1 model. parameter"),
+        ("arcee_fusion", "Takes a base and 1 model. It has no parameters."),
+        ("multislerp", "Takes a base, if one is given, and 1 model or more. parameter"),
+        (
+            "model_stock",
+            "Takes a base and 2 models or more. Where a recipe of mergekit does not say, it means clip_ratio: false. parameter",
+        ),
+        ("task_arithmetic", "Takes a base and 1 model or more. There, density and rescale may stand and have no effect. parameter"),
+    ],
+)
+def test_what_a_method_takes(run: Run, name: str, said: str) -> None:
+    assert said in run("methods", name).text
 
 
 def test_the_rows_of_a_parameter_table(run: Run) -> None:

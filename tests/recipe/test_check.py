@@ -49,6 +49,7 @@ def weight_bytes(path: Path) -> int:
         ({"method": "linear", "base": "half", "models": {"a": 1}, "dtype": {"store": "float16"}}, ["a"], 1),
         ({"method": "task_arithmetic", "base": "base", "models": {"a": 1, "b": 1}}, ["base", "a", "b"], 1),
         ({"method": "ties", "base": "half", "models": {"a": 1, "b": 1}}, ["half", "a", "b"], 2),
+        ({"method": "ties", "base": "base", "models": {"a": 1}, "parameters": {"density": 0.5, "rescale": True}}, ["base", "a"], 3),
         ({"method": "dare_ties", "base": "base", "models": {"a": 1}}, ["base", "a"], 2),
         ({"method": "dare_ties", "base": "base", "models": {"a": 1}, "parameters": {"rescale": False}}, ["base", "a"], 1),
     ],
@@ -73,6 +74,12 @@ def test_numbers_are_those_of_the_files(folder: Path, value: dict[str, Any], rea
     short = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     assert report.store == ", ".join(sorted({short[tensor.dtype] for tensor in written.values()}))
     assert (report.passes, report.workers) == (passes, 1)
+
+
+@pytest.mark.parametrize(("method", "parameters", "passes"), [("arcee_fusion", {}, 3), ("sce", {}, 2), ("sce", {"select_topk": 0.5}, 4)])
+def test_every_reading_of_the_inputs_counts(folder: Path, method: str, parameters: dict[str, Any], passes: int) -> None:
+    models = [{"model": str(folder / "a")}]
+    assert check({"method": method, "base": str(folder / "base"), "models": models, "parameters": parameters}).passes == passes
 
 
 def test_models_are_counted_once_and_nested_ones_too(folder: Path) -> None:

@@ -78,6 +78,9 @@ def check(
     console.print("[green]ok[/]: this merge will run")
 
 
+_TIMES = {1: "once", 2: "twice"}
+
+
 def _table(report: CheckReport, free: dict[str, int | None], found: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
@@ -98,7 +101,7 @@ def _table(report: CheckReport, free: dict[str, int | None], found: dict[str, An
         ("base", report.base or "none"),
         ("architecture", report.architecture or "unknown (no config)"),
         ("tensors", f"{report.tensors}, {report.parameters / 1e6:,.1f} M parameters, stored as {report.store}"),
-        ("reads", f"{size(report.read_bytes)}, {'twice' if report.passes == 2 else 'once'}"),
+        ("reads", f"{size(report.read_bytes)}, {_TIMES.get(report.passes, f'{report.passes} times')}"),
         ("disk", f"{size(report.disk_bytes)} in {report.shards} file{'s' if report.shards > 1 else ''}{against('disk_free')}"),
         ("memory", f"up to {size(report.memory_bytes)} private in {report.workers} worker{plural}{against('memory_free')}"),
     ]

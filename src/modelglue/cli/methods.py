@@ -48,6 +48,9 @@ def methods(name: str | None = None, *, json: Annotated[bool, Parameter(negative
     text, _, _ = method.doc.partition("Parameters:\n")
     console.print(f"[bold]{method.id}[/]  [dim]{escape(method.source)}[/]\n", soft_wrap=True)
     console.print("\n\n".join(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n")), markup=False)
+    console.print(f"\n{_takes(method)}", markup=False)
+    if not method.parameters:
+        return
     table = Table("parameter", "per", "type", "default", "allowed", "", box=None, pad_edge=False)
     for parameter in method.parameters:
         allowed = " | ".join(parameter.choices) or (str(parameter.range) if parameter.range else "")
@@ -62,6 +65,20 @@ def methods(name: str | None = None, *, json: Annotated[bool, Parameter(negative
         )
     console.print()
     console.print(table)
+
+
+def _takes(method: Method) -> str:
+    """Which models a merge needs, and what a recipe of mergekit means otherwise."""
+    most, plural = method.max_models, "s" if method.min_models > 1 else ""
+    models = f"{method.min_models} model{plural}" + ("" if most == method.min_models else " or more" if most is None else f" to {most}")
+    base = "a base and " if method.needs_base else "a base, if one is given, and " if method.takes_base else ""
+    found = [f"Takes {base}{models}." + ("" if method.parameters else " It has no parameters.")]
+    if method.mergekit:
+        said = ", ".join(f"{name}: {str(value).lower()}" for name, value in method.mergekit.items())
+        found.append(f"Where a recipe of mergekit does not say, it means {said}.")
+    if ignored := [name for name in method.without_effect if name != "int8_mask"]:
+        found.append(f"There, {' and '.join(ignored)} may stand and have no effect.")
+    return " ".join(found)
 
 
 def _schema(method: Method) -> dict[str, Any]:

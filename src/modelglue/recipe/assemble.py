@@ -27,13 +27,13 @@ _LONG = {short: name for name, short in STORE_DTYPES.items()}
 class Built:
     """The expression of a recipe, and what was found on the way.
 
-    `surveyed`: whether a method reads its inputs more than once, here or in a nested recipe.
+    `passes`: how often a method reads its inputs at most, here or in a nested recipe; parts that are looked at again do not count.
     """
 
     checkpoint: Checkpoint
     warnings: tuple[str, ...] = ()
     alignment: AlignmentReport | None = None
-    surveyed: bool = False
+    passes: int = 1
 
 
 def assemble(recipe: Recipe, resolve: Callable[[str], Checkpoint], *, strict: bool = False) -> Built:
@@ -47,7 +47,7 @@ def assemble(recipe: Recipe, resolve: Callable[[str], Checkpoint], *, strict: bo
     warnings = tuple(dict.fromkeys(context.warnings))
     if strict and warnings:
         raise RecipeError("\n".join(warnings))
-    return Built(checkpoint, warnings, alignment, context.surveyed)
+    return Built(checkpoint, warnings, alignment, context.passes)
 
 
 @dataclass
@@ -58,7 +58,7 @@ class _Context:
     opened: dict[str, Checkpoint] = field(default_factory=dict)
     nested: dict[str, Checkpoint] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    surveyed: bool = False
+    passes: int = 1
 
     def open(self, reference: str) -> Checkpoint:
         if reference not in self.opened:
@@ -89,9 +89,9 @@ class _Assembly:
         if planned.faults:
             raise RecipeError("\n".join(dict.fromkeys(planned.faults)))
         values = [found for piece in planned.pieces for found in distinct_values(piece.values)]
-        rounds = [round_ for found in values for round_ in self._method.rounds(found)]
-        self._context.surveyed |= bool(rounds)
-        if len(planned.pieces) > 1 and any(round_.scope == "model" for round_ in rounds):
+        rounds = [self._method.rounds(found) for found in values]
+        self._context.passes = max(self._context.passes, *(1 + sum(one.ranges is None for one in found) for found in rounds))
+        if len(planned.pieces) > 1 and any(one.scope == "model" for found in rounds for one in found):
             text = f"{self._method.id} looks at a whole model at once; here it looks at each slice or module by itself."
             self._context.warnings.append(self._recipe.origin.fault((), text))
         layers = merged_fields(*planned.fields)

@@ -78,7 +78,7 @@ def check(
         tensors=len(infos),
         parameters=sum(info.numel for info in infos),
         read_bytes=_read_bytes(merged),
-        passes=2 if built.surveyed else 1,
+        passes=built.passes,
         output_bytes=plan.tensor_bytes,
         disk_bytes=sum(shard.size for shard in plan.shards),
         shards=len(plan.shards),
