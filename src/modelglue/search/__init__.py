@@ -7,6 +7,7 @@ from modelglue.search.findings import SearchReport
 from modelglue.search.heuristics import STRATEGIES, HeuristicSearch
 from modelglue.search.journal import ReplayError
 from modelglue.search.ranking import Ranking, Rule
+from modelglue.search.recorded import recorded
 from modelglue.search.run import candidate_of, progress_of, read_settings, run_study, warm_start
 from modelglue.search.searcher import Budget, Needs, Outcome, Proposal, Searcher
 from modelglue.search.select import SelectResult, select
@@ -41,6 +42,7 @@ __all__ = [
     "candidate_of",
     "progress_of",
     "read_settings",
+    "recorded",
     "run_study",
     "select",
     "warm_start",

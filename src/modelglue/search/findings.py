@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from modelglue.recipe import Scores, interval
+from modelglue.recipe import Cost, Scores, interval
+from modelglue.search.objective import Objective
 from modelglue.search.pareto import hypervolume, non_dominated
 from modelglue.search.searcher import Outcome, ranked
 from modelglue.search.study import Study
@@ -82,31 +83,40 @@ class SearchReport:
 
 def findings(study: Study) -> SearchReport:
     """The report of a study that has run."""
-    order = ranked(study.outcomes)
+    return gathered(
+        study.outcomes, study.confirmed, study.objective, tuple(study.evaluator.tasks), counts=study.counts, spent=study.spent,
+        stopped=study.stopped, searcher=study.searcher.report(), confirms=study.confirm is not None,
+    )  # fmt: skip
+
+
+def gathered(
+    outcomes: Sequence[Outcome], confirmed: Mapping[int, Scores], objective: Objective, tasks: Sequence[str], *, counts: Mapping[str, int],
+    spent: Cost, stopped: str, searcher: Mapping[str, Any], confirms: bool,
+) -> SearchReport:  # fmt: skip
+    """The report of these outcomes."""
+    order = ranked(outcomes)
     best = order[0] if order else None
-    confirmed = {id_: scores for id_, scores in study.confirmed.items() if scores.status == "ok"}
-    if confirmed:
-        finalists = [outcome for outcome in order if outcome.id in confirmed]
-        best = max(finalists, key=lambda one: (study.objective(confirmed[one.id].tasks()), one.merit, -one.id))
+    usable = {id_: scores for id_, scores in confirmed.items() if scores.status == "ok"}
+    if usable:
+        finalists = [outcome for outcome in order if outcome.id in usable]
+        best = max(finalists, key=lambda one: (objective(usable[one.id].tasks()), one.merit, -one.id))
     distinct = list({outcome.proposal.candidate.key: outcome for outcome in reversed(order) if outcome.proposal.candidate}.values())
     distinct.sort(key=lambda outcome: outcome.id)
     front, volume = _front(distinct)
-    spent = {name: float(value) if name == "seconds" else value for name, value in asdict(study.spent).items()}
-    statuses = {status: sum(outcome.status == status for outcome in study.outcomes) for status in ("ok", "pruned", "invalid", "failed")}
-    tasks = study.evaluator.tasks
+    statuses = {status: sum(outcome.status == status for outcome in outcomes) for status in ("ok", "pruned", "invalid", "failed")}
     return SearchReport(
         best=best,
         by_task={task: max(distinct, key=lambda one: (one.tasks[task], -one.id)) for task in tasks} if distinct else {},
         front=front,
         hypervolume=volume,
-        outcomes=tuple(study.outcomes),
-        confirmed=study.confirmed,
-        counts={**study.counts, **statuses},
-        spent=spent,
+        outcomes=tuple(outcomes),
+        confirmed=confirmed,
+        counts={**counts, **statuses},
+        spent={name: float(value) if name == "seconds" else value for name, value in asdict(spent).items()},
         bias=None if best is None else winners_curse(best.scores, len(distinct)),
-        stopped=study.stopped,
-        searcher=study.searcher.report(),
-        warnings=tuple(_warnings(study, distinct)),
+        stopped=stopped,
+        searcher=searcher,
+        warnings=tuple(_warnings(outcomes, distinct, confirms=confirms)),
     )
 
 
@@ -130,12 +140,12 @@ def _front(outcomes: Sequence[Outcome]) -> tuple[list[Outcome], float | None]:
     return list(seen.values()), volume
 
 
-def _warnings(study: Study, distinct: Sequence[Outcome]) -> list[str]:
-    found = list(dict.fromkeys(text for outcome in study.outcomes for text in outcome.scores.warnings))
+def _warnings(outcomes: Sequence[Outcome], distinct: Sequence[Outcome], *, confirms: bool) -> list[str]:
+    found = list(dict.fromkeys(text for outcome in outcomes for text in outcome.scores.warnings))
     if len(distinct) > 1 and len({outcome.value for outcome in distinct}) == 1:
         found.append(f"the items cannot tell these candidates apart: every one scores {distinct[0].value:.4f}.")
-    if failed := [outcome for outcome in study.outcomes if outcome.status == "failed"]:
+    if failed := [outcome for outcome in outcomes if outcome.status == "failed"]:
         found.append(f"{len(failed)} candidates failed; the last one: {failed[-1].scores.error}")
-    if study.confirm is None and len(distinct) > 1:
+    if not confirms and len(distinct) > 1:
         found.append("the best score was chosen and measured on the same items, so it is too high; confirm it on others.")
     return found

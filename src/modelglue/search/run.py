@@ -45,8 +45,9 @@ def run_study(
         )  # fmt: skip
         journal.note("began", {"versions": _versions(), "candidates": len(journal.asked())})
         study.run()
-        journal.note("ended", {"stopped": study.stopped})
-        return findings(study)
+        found = findings(study)
+        journal.note("ended", {"stopped": study.stopped, "searcher": found.searcher})
+        return found
 
 
 def read_settings(folder: str | Path) -> SearchSettings:

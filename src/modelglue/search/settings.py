@@ -9,11 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from modelglue.errors import UserError, did_you_mean
+from modelglue.recipe.genome import GenomeDefinition
 from modelglue.search.cma import CmaSearch, StagedSearch
 from modelglue.search.dataflow import DataFlowSearch
 from modelglue.search.decode import Decoder, MergeSpace, NearbySpace
 from modelglue.search.evolution import EvolutionSearch
 from modelglue.search.fitness import Everything, Fitness
+from modelglue.search.genome_space import GenomeSpace
 from modelglue.search.grid import GridSearch
 from modelglue.search.heuristics import HeuristicSearch, SimilarityTo
 from modelglue.search.item_response import ItemParameters
@@ -40,6 +42,8 @@ class SpaceSettings(Group):
     granularity: str | Annotated[int, Field(ge=1, strict=True)] = "model"
     filters: tuple[str, ...] = ()
     parameters: dict[str, Any] = {}
+    genome: GenomeDefinition | None = None
+    """mergekit-evolve's genome, which then says all of this."""
 
 
 class SearcherSettings(BaseModel):
@@ -105,7 +109,10 @@ class SearchSettings(Group):
 
     def content(self) -> dict[str, Any]:
         """All that the search is a function of; a budget only says how far it goes."""
-        return self.model_dump(mode="json", exclude={"budget", "max_failures", "finalists"})
+        found = self.model_dump(mode="json", exclude={"budget", "max_failures", "finalists"})
+        if found["space"]["genome"] is None:
+            del found["space"]["genome"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -156,9 +163,13 @@ def make_searcher(settings: SearchSettings, facts: Facts) -> Searcher:
         raise UserError(f"searcher '{name}': {str(error).partition(') ')[2] or error}.") from error
 
 
-def make_space(settings: SearchSettings, facts: Facts) -> MergeSpace:
+def make_space(settings: SearchSettings, facts: Facts) -> Decoder:
     """The space of recipes that is searched."""
     said = settings.space
+    if said.genome is not None:
+        if facts.layers is None:
+            raise UserError("the number of layers of the models is not known, which a genome needs.")
+        return GenomeSpace(said.genome, facts.layers)
     return MergeSpace(
         said.method, settings.members, settings.base, said.granularity, facts.layers, facts.marker, said.filters, said.parameters,
         settings.seed,
@@ -179,10 +190,13 @@ def _cma(settings: SearchSettings, facts: Facts, options: _Options) -> Searcher:
     start = options.pop("init", "vanilla")
     if start == "heuristic":
         return _from_heuristic(settings, options)
-    if start != "vanilla":
-        raise UserError(f"searcher cma: init is '{start}'; allowed are vanilla and heuristic.")
-    found: Decoder = make_space(settings, facts)
-    return CmaSearch(found, **{"start": settings.start[0] if settings.start else None, **options})
+    if start not in ("vanilla", "random"):
+        raise UserError(f"searcher cma: init is '{start}'; allowed are vanilla, random and heuristic.")
+    found = make_space(settings, facts)
+    first = settings.start[0] if settings.start else None
+    if isinstance(found, GenomeSpace) and start == "vanilla" and first is None:
+        first = found.start()
+    return CmaSearch(found, **{"start": first, **options})
 
 
 def _from_heuristic(settings: SearchSettings, options: _Options) -> Searcher:

@@ -1,0 +1,71 @@
+"""What a search has found so far, from its journal alone: no model, no task and no searcher is needed, and the search may be running."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from modelglue.recipe import Candidate, Cost, Scores
+from modelglue.search.findings import SearchReport, gathered
+from modelglue.search.journal import Asked, Journal
+from modelglue.search.run import JOURNAL
+from modelglue.search.searcher import Outcome, Proposal
+from modelglue.search.settings import SearchSettings, make_objective
+from modelglue.search.study import CONFIRM, SEARCH, joined
+
+
+def recorded(folder: str | Path) -> SearchReport:
+    """The report of a search in a folder, as far as it has told its searcher. UserError if there is none.
+
+    Tasks of an item-response fitness are the means of the items that were scored; values are what the searcher was told.
+    """
+    with Journal(Path(folder) / JOURNAL, read_only=True) as journal:
+        run, asked = journal.run(), journal.asked()
+        events = journal.events()
+        parts = list(journal.results(SEARCH))
+        confirmed = dict(journal.results(CONFIRM))
+    settings = SearchSettings.model_validate(run["settings"])
+    scores, spent = _scored(parts)
+    first = _rows(asked, scores)
+    batches: dict[int, list[Asked]] = {}
+    for one in asked:
+        batches.setdefault(one.batch, []).append(one)
+    outcomes = []
+    for kind, fields in events:
+        if kind == "told":
+            for one, value, status in zip(batches[fields["batch"]], fields["values"], fields["statuses"], strict=False):
+                known = scores.get(first.get(one.key or "", one.id), Scores({}))
+                tasks = known.tasks() if status in ("ok", "pruned") and known.items else {}
+                proposal = Proposal(None if one.recipe is None else Candidate(one.recipe), json.loads(one.params),
+                                    tuple(json.loads(one.parents)), one.tag)  # fmt: skip
+                value = -math.inf if value is None else value
+                outcomes.append(Outcome(one.id, proposal, status, value, tasks, replace(known, status=status)))
+    ended = [fields for kind, fields in events if kind == "ended"]
+    last = ended[-1] if ended and [kind for kind, _ in events if kind in ("began", "ended", "stopped")][-1] == "ended" else {}
+    return gathered(
+        outcomes, confirmed, make_objective(settings), tuple(run["tasks"]),
+        counts={"candidates": len(scores), "duplicates": len(outcomes) - len({one.proposal.candidate and one.proposal.candidate.key
+                                                                              for one in outcomes}), "replayed": 0},
+        spent=spent, stopped=last.get("stopped", ""), searcher=last.get("searcher", {}), confirms=run.get("confirmation") is not None,
+    )  # fmt: skip
+
+
+def _scored(parts: list[tuple[int, Scores]]) -> tuple[dict[int, Scores], Cost]:
+    """Scores by the candidate that they are kept under, all parts together, and what they cost."""
+    scores: dict[int, Scores] = {}
+    spent = Cost()
+    for id_, part in parts:
+        scores[id_] = joined(scores[id_], part) if id_ in scores else part
+        spent += part.cost
+    return scores, spent
+
+
+def _rows(asked: list[Asked], scores: dict[int, Scores]) -> dict[str, int]:
+    """Key -> the candidate under which its scores are kept."""
+    found: dict[str, int] = {}
+    for one in asked:
+        if one.key is not None and one.id in scores:
+            found.setdefault(one.key, one.id)
+    return found
