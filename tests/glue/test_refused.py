@@ -463,5 +463,5 @@ def test_out_of_memory(call: Call, zoo: Path, monkeypatch: pytest.MonkeyPatch) -
     def exhausted(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("modelglue.evaluation.candidates.load_live", exhausted)
+    monkeypatch.setattr("modelglue.evaluation.resident.load_live", exhausted)
     assert "out of memory" in refused(call, zoo, code=1, run_remains=True)

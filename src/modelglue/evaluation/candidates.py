@@ -35,7 +35,7 @@ class CandidateEvaluator:
     `store_dtype`: see `Members`. Evaluators of several task sets may share one `resident` model. With `workers` above 1 (or a `crew`)
     `evaluate_many` scores several candidates at once, or parts of one; batches are the same whoever scores them, so the scores do not
     depend on the number of workers. `timeout`: seconds that one evaluation may take; checked between batches, and where there are
-    workers a batch that takes longer is ended. Use it as a context manager where there are workers.
+    workers a batch that takes longer is ended. With `strict` whatever fails is raised, whosever fault it is. Use it as a context manager where there are workers.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class CandidateEvaluator:
         workers: int = 1,
         crew: Crew | None = None,
         timeout: float | None = None,
+        strict: bool = False,
     ) -> None:
         self.members = Members(checkpoints, store_dtype)
         self._task_set = tasks
@@ -58,6 +59,7 @@ class CandidateEvaluator:
         self._on_batch = on_batch
         self._crew = crew or (Processes(self.members, workers) if workers > 1 else None)
         self._timeout = timeout
+        self._strict = strict
 
     def __enter__(self) -> Self:
         return self
@@ -109,7 +111,7 @@ class CandidateEvaluator:
                 live = self._resident.holding(self.members.expression(candidate), work.key)
                 work.asked.add(marks_of(batch, *answer(live, [item.requests for item in batch])), self._on_batch)
         except Exception as error:
-            return work.outcome(judged(error, self._timeout))
+            return work.outcome(self._judged(error))
         return work.outcome()
 
     def evaluate_many(self, requests: Sequence[tuple[Candidate, Plan]]) -> Iterator[tuple[int, Scores]]:
@@ -121,6 +123,11 @@ class CandidateEvaluator:
         yield from _Shift(self, self._crew, requests).run()
 
     # -- parts ----------------------------------------------------------------------------------------------------------
+
+    def _judged(self, error: Exception) -> tuple[Status, str]:
+        if self._strict:
+            raise error
+        return judged(error, self._timeout)
 
     def _work(self, number: int, candidate: Candidate, plan: Plan) -> _Work:
         key = self.key(candidate)
@@ -215,7 +222,7 @@ class _Shift:
 
     def _take(self, work: _Work, batch: list[Item], outcome: Outcome) -> None:
         if isinstance(outcome, Exception):
-            work.problem = judged(outcome, self._evaluator._timeout)
+            work.problem = self._evaluator._judged(outcome)
             work.batches.clear()
         else:
             work.asked.add(marks_of(batch, *outcome), self._evaluator._on_batch)
@@ -227,4 +234,4 @@ class _Shift:
                 self._crew.renew(lane)
                 del self._lane[lane]
             del self._active[work.key]
-            yield work.number, work.outcome(judged(TimeoutError(), self._evaluator._timeout))
+            yield work.number, work.outcome(self._evaluator._judged(TimeoutError()))

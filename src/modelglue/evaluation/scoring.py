@@ -42,15 +42,20 @@ class Asked:
         self._started = time.perf_counter()
         self._computed = 0
         self.skills = tasks.chosen(plan.items)
-        self._known = store.known(identity, [item.key for items in self.skills.values() for item in items])
+        everything = [item for items in self.skills.values() for item in items]
+        self._groups = list(self.skills.values()) if plan.items is None else [everything]
+        self._known = store.known(identity, [item.key for item in everything])
 
     def missing(self) -> Iterator[list[Item]]:
-        """Batches of items that have no mark yet, each item once."""
-        everything = [item for items in self.skills.values() for item in items]
-        for start in range(0, len(everything), BATCH_ITEMS):
-            batch = list({item.key: item for item in everything[start : start + BATCH_ITEMS] if item.key not in self._known}.values())
-            if batch:
-                yield batch
+        """Batches of items that have no mark yet, each item once.
+
+        Everything is asked skill by skill; a few items of each skill are asked together, because small batches cost most.
+        """
+        for items in self._groups:
+            for start in range(0, len(items), BATCH_ITEMS):
+                batch = list({item.key: item for item in items[start : start + BATCH_ITEMS] if item.key not in self._known}.values())
+                if batch:
+                    yield batch
 
     def add(self, marks: Mapping[str, Mark], on_batch: BatchListener | None = None) -> None:
         """Commit the marks of one batch, by the items' keys."""

@@ -64,7 +64,13 @@ class Bench:
             resident = ResidentModel()
             for split, tasks in self.tasks.items():
                 self._evaluators[split] = CandidateEvaluator(
-                    self.checkpoints, tasks, store, store_dtype=self.file.dtype.store, resident=resident, on_batch=self._on_batch
+                    self.checkpoints,
+                    tasks,
+                    store,
+                    store_dtype=self.file.dtype.store,
+                    resident=resident,
+                    on_batch=self._on_batch,
+                    strict=True,
                 )
             try:
                 yield
