@@ -22,4 +22,4 @@ def _merged(case: Case) -> Answer:
         return Answer(weights(out), found)
 
 
-ADAPTERS: dict[str, Adapter] = {"mergekit-models/": _merged}
+ADAPTERS: dict[str, Adapter] = {"mergekit-models/": _merged, "mergekit-runs/": _merged}
