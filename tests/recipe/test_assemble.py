@@ -141,6 +141,19 @@ def test_a_number_of_layers_that_the_config_leaves_to_a_default_is_written() -> 
     assert merged(stack([0, 1], [1, 2]), opened).config["text_config"] == text
 
 
+def test_layers_that_are_not_numbered_without_a_gap_are_none() -> None:
+    """Said wherever the layers would count: of slices, and of gradients, which would take their first number everywhere."""
+    pruned = {name: value for name, value in tensors(1, layers=3).items() if "layers.1." not in name}
+    opened = {"a": TensorsCheckpoint(pruned, CONFIG, label="a")}
+    why = "no tensors' names are numbered 0, 1, ... without a gap"
+    [fault] = refused({"method": "passthrough", "slices": [{"models": [{"model": "a", "layers": [0, 2]}]}]}, opened)
+    assert fault == f"<recipe>: slices[0].models[0].layers: is [0, 2], but a has no layers: {why}."
+    weights = [{"model": "a", "weight": [1, 2]}]
+    said = f"<recipe>: a gradient runs over the layers, and there are none: {why}. Its first number counts everywhere."
+    assert found_odd({"method": "linear", "models": weights}, opened) == (said,)
+    assert found_odd({"method": "linear", "models": [{"model": "a", "weight": [2, 2]}]}, opened) == ()
+
+
 def test_slices_of_a_model_with_several_towers_belong_into_modules() -> None:
     [fault] = refused({"method": "passthrough", "slices": [{"models": [{"model": "t", "layers": [0, 1]}]}]}, {"t": t5()})
     assert "the model has several parts with layers of their own (decoder, encoder); give slices for each under modules:." in fault
@@ -426,6 +439,21 @@ def test_a_chat_template_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     found = modelglue.merge({**linear("a"), "chat_template": template})
     assert template in "".join(file.decode() for file in found.files.values() if isinstance(file, bytes))
+
+
+def test_faults_that_only_tokenizers_show_have_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "a", 1)
+    text = "method: linear\nmodels:\n  - {model: a, weight: 1}\n"
+    write_recipe(tmp_path / "chat.yaml", f"{text}chat_template: chatlm\n")
+    [fault] = refused(Path("chat.yaml"), {"a": modelglue.open("a")})
+    assert fault.startswith("chat.yaml:4: chat_template: 'chatlm' is neither auto, nor a built-in format")
+    rules = "{x: {source: {model: a, token: nowhere}}, y: {source: {model: a, token_id: 99}}}"
+    write_recipe(tmp_path / "tokens.yaml", f"{text}tokenizer:\n  source: base\n  tokens: {rules}\n")
+    assert refused(Path("tokens.yaml"), {"a": modelglue.open("a")}) == [
+        "tokens.yaml:4: tokenizer: tokens: 'x' takes the row of 'nowhere' in a, which has no such token.",
+        "tokens.yaml:4: tokenizer: tokens: 'y' takes row 99 of a, which has rows 0 to 7.",
+    ]
 
 
 def test_single_files_of_weights_have_no_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

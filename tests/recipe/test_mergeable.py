@@ -32,7 +32,7 @@ def test_one_architecture(tmp_path: Path) -> None:
         check_mergeable([a, mistral])
     assert str(caught.value) == (
         f"{tmp_path}/mistral is a MistralForCausalLM and {tmp_path}/a a LlamaForCausalLM; one merge takes one architecture. "
-        "Leave one of them out, or join them as experts of a mixture."
+        "Leave one of them out, join them as experts of a mixture, or say allow_mixed: true if their tensors fit."
     )
 
 

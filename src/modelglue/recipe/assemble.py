@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from modelglue.errors import RecipeError
 from modelglue.methods import get
 from modelglue.recipe.canonical import canonical, written_out
 from modelglue.recipe.checks import Checks
+from modelglue.recipe.document import Place
 from modelglue.recipe.inputs import Inputs, merged_fields, replacing
 from modelglue.recipe.into import put_into
 from modelglue.recipe.parts import rest_of
@@ -83,7 +85,8 @@ class _Assembly:
         self._inputs = Inputs(recipe, context.open, context.build)
 
     def run(self) -> tuple[Checkpoint, AlignmentReport | None]:
-        alignment = self._inputs.align(widen=self._store in STORE_DTYPES)
+        with self._placed(("tokenizer",)):
+            alignment = self._inputs.align(widen=self._store in STORE_DTYPES)
         planned = plan(self._recipe, self._inputs, self._method)
         self._context.warnings += [*self._inputs.odd_parts(), *alignment.warnings, *planned.warnings]
         if planned.faults:
@@ -99,10 +102,20 @@ class _Assembly:
         if self._recipe.into is not None:
             merged = self._put_into(self._recipe.into, merged, layers)
         if self._recipe.chat_template is not None:
-            made = chat_template(self._inputs.models(), merged, self._recipe.chat_template)
+            with self._placed(("chat_template",)):
+                made = chat_template(self._inputs.models(), merged, self._recipe.chat_template)
             self._context.warnings += made.warnings
             merged = dressed(merged, files=made.files)
         return merged, alignment.report
+
+    @contextlib.contextmanager
+    def _placed(self, place: Place) -> Iterator[None]:
+        """Faults that only the models show get the file and line of what they are about."""
+        try:
+            yield
+        except RecipeError as error:
+            faults = [self._recipe.origin.fault(place, line.removeprefix(f"{place[-1]}: ")) for line in str(error).split("\n")]
+            raise RecipeError("\n".join(faults)) from error
 
     def _join(self, planned: Plan) -> Checkpoint:
         """The merges side by side, under the donor's config; a merge of whole models is the output itself."""

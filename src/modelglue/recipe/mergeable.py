@@ -34,7 +34,7 @@ def check_architectures(checkpoints: Sequence[Checkpoint]) -> None:
         if ours and theirs and ours != theirs:
             raise MergeError(
                 f"{label_of(other)} is a {theirs} and {label_of(first)} a {ours}; one merge takes one architecture. "
-                "Leave one of them out, or join them as experts of a mixture."
+                "Leave one of them out, join them as experts of a mixture, or say allow_mixed: true if their tensors fit."
             )
 
 

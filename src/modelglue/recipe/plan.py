@@ -17,6 +17,9 @@ from modelglue.recipe.schema import Recipe, Source, Stretch
 from modelglue.recipe.settings import Levels, Spot, distinct_values, evaluate, read_setting
 from modelglue.recipe.slicing import Run, cut
 
+#: why no layers are found
+_NO_LAYERS = "no tensors' names are numbered 0, 1, ... without a gap"
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -137,7 +140,8 @@ class _Planner:
                 if one is not None
             ]
         levels = _levels(stretch)
-        spots = {name: Spot() for name in models[0].names()[:1]} if levels.constant else self._spots(models, tower)
+        one = {name: Spot() for name in models[0].names()[:1]}
+        spots = one if levels.constant else self._spots(models, tower, stretch.place, levels.graded)
         values = self._evaluated(stretch, levels, spots)
         count = len(stretch.models)
         self.out.pieces.append(Piece(stretch, models[:count], models[count] if base is not None else None, values, tower is None))
@@ -159,12 +163,14 @@ class _Planner:
         self._fault((*stretch.place, "models"), f"the models have different numbers of layers: {said}. Say under slices: which to merge.")
         return False
 
-    def _spots(self, models: Sequence[Checkpoint], tower: Tower | None) -> dict[str, Spot]:
+    def _spots(self, models: Sequence[Checkpoint], tower: Tower | None, place: Place, graded: bool) -> dict[str, Spot]:
         """Where every tensor of whole models stands; a bag of tensors without a config has no layers."""
         names = sorted({name for model in models for name in model.names()})
         if all(_is_single_file(model) for model in models):
             return {name: Spot() for name in names}
         towers = (tower,) if tower is not None else self._towers_of(models[-1])
+        if graded and tower is None and not any(one.count for one in towers):
+            self._warn(place, f"a gradient runs over the layers, and there are none: {_NO_LAYERS}. Its first number counts everywhere.")
         return {name: Spot(max(one.position_of(name) for one in towers)) for name in names}
 
     # -- slices ---------------------------------------------------------------------------------------------------------
@@ -207,7 +213,8 @@ class _Planner:
         if found is None or layers is None:
             return None
         if layers[1] > found.count:
-            self._fault(place, f"is {list(layers)}, but {label_of_input(source)} has the layers 0 to {found.count - 1}.")
+            has = f"the layers 0 to {found.count - 1}" if found.count else f"no layers: {_NO_LAYERS}"
+            self._fault(place, f"is {list(layers)}, but {label_of_input(source)} has {has}.")
             return None
         return Run(model, found, layers[0], layers[1])
 

@@ -169,6 +169,12 @@ class Levels:
     def constant(self) -> bool:
         return all(setting.constant for level in [*self.own, *self.shared] for setting in level.values())
 
+    @property
+    def graded(self) -> bool:
+        """Whether some value changes over the layers."""
+        clauses = [clause for level in [*self.own, *self.shared] for setting in level.values() for clause in setting.clauses]
+        return any(isinstance(clause.value, tuple) and len(set(clause.value)) > 1 for clause in clauses)
+
 
 @dataclass(frozen=True)
 class Resolved(ParameterSource):
