@@ -32,7 +32,7 @@ from modelglue.checkpoint import (
     torch_dtype,
 )
 from modelglue.checkpoint.card import model_card
-from modelglue.errors import UserError
+from modelglue.errors import MergeError, UserError
 from modelglue.methods import get
 from tests.checkpoint.files import contents, names_in, write_single
 from tests.checkpoint.merges import CONFIG, TOKENIZER, merge_of, reopened, tensors_of, write_zoo
@@ -284,6 +284,14 @@ def test_recipe_of_an_expression_built_by_hand_gives_the_same_bytes(
     save(expression(reopened(zoo)), tmp_path / "1" / "out")
     save(modelglue.merge(tmp_path / "1" / "out" / RECIPE_FILE), tmp_path / "2" / "out")
     assert contents(tmp_path / "2" / "out") == contents(tmp_path / "1" / "out")
+
+
+def test_a_donor_that_a_recipe_would_take_for_a_base_is_refused(zoo: list[SafetensorsCheckpoint], tmp_path: Path) -> None:
+    parameters = {"weight": [0.5, 0.5], "nuslerp_flatten": True, "nuslerp_row_wise": False}
+    merged = MergedCheckpoint(get("nuslerp"), zoo[1:3], None, parameters, donor=zoo[3])
+    with pytest.raises(MergeError, match=r"nuslerp: config and tokenizer come from .*, which is no input of the merge\."):
+        save(merged, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_recipe_text_that_is_given_is_kept_as_it_is(zoo: list[SafetensorsCheckpoint], tmp_path: Path) -> None:

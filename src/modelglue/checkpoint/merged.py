@@ -172,7 +172,12 @@ class MergedCheckpoint(Checkpoint):
         description: dict[str, Any] = {"format": "modelglue/1", "method": self._method.id}
         if self._base is not None:
             description["base"] = _reference(self._base)["model"]
-        elif _root(self._donor) is not _root(self._models[0]):  # the method needs no base; config and tokenizer do
+        elif _root(self._donor) is not _root(self._models[0]):  # the method takes no base; config and tokenizer do
+            if self._method.takes_base:
+                raise MergeError(
+                    f"{self._method.id}: config and tokenizer come from {label_of(self._donor)}, which is no input of the merge. "
+                    "A recipe would make it the base, and this method computes with a base. Take them from the first model, or give a base."
+                )
             description["base"] = _reference(self._donor)["model"]
         description["models"] = models
         parameters = {key: value for key, value in values.items() if key not in per_model}
