@@ -303,7 +303,7 @@ def test_a_token_without_any_row_gets_zeros_and_a_warning() -> None:
     assert torch.equal(alignment.models[0].tensor(EMBEDDING)[2:], torch.zeros(2, 3))
     assert alignment.warnings == ("no model has a row for '<new>': zeros. Give a source in `tokens`.",)
     assert alignment.report is not None
-    assert str(alignment.report.models[0].rows) == "2 own, 1 policy, 1 zero"
+    assert str(alignment.report.models[0].rows) == "2 of its own, 1 as the recipe says, 1 zeros"
 
 
 def test_forced_without_a_source_is_the_default_for_every_model() -> None:

@@ -43,7 +43,13 @@ class RowCounts:
     padding: int = 0
 
     def __str__(self) -> str:
-        return ", ".join(f"{getattr(self, one.name):,} {one.name}" for one in fields(self) if getattr(self, one.name))
+        return ", ".join(f"{getattr(self, one.name):,} {_IN_WORDS[one.name]}" for one in fields(self) if getattr(self, one.name))
+
+
+_IN_WORDS = {
+    "own": "of its own", "forced": "forced by the recipe", "policy": "as the recipe says", "only": "of the only model that has the token",
+    "base": "of the base", "mean": "means of the models that have the token", "zero": "zeros", "padding": "padding",
+}  # fmt: skip
 
 
 def output_vocabulary(vocabularies: Sequence[Vocabulary], request: VocabularyRequest, source: int) -> OutputVocabulary:
