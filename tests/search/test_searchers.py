@@ -181,7 +181,7 @@ def test_the_heuristic_start_is_for_linear_merges() -> None:
     evaluator = problem(0)
     with pytest.raises(UserError, match="a heuristic start is for linear merges of whole models"):
         run_study(settings("cma", evaluator, 10, options={"init": "heuristic"}, space={"method": "ties"}), evaluator, None)
-    with pytest.raises(UserError, match="init is 'heuristics'; allowed are vanilla and heuristic"):
+    with pytest.raises(UserError, match="init is 'heuristics'; allowed are vanilla, random and heuristic"):
         run_study(settings("cma", evaluator, 10, options={"init": "heuristics"}), evaluator, None)
 
 

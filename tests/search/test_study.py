@@ -132,18 +132,25 @@ def test_a_raised_budget_goes_on_where_the_search_ended(tmp_path: Path) -> None:
 # -- racing -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_who_is_surely_behind_is_given_up_with_a_bound() -> None:
-    """m0 answers everything, m1 nothing: after 25 items m1 is out, and is told as no better than that."""
-    right = Counting(synthetic(size=100, task_count=1), before=lambda one, _: None)
-    right.before = lambda one, number: _flat(right, number, float(one == A))
+def test_who_is_surely_behind_is_given_up_with_an_estimate_and_a_bound() -> None:
+    """m0 answers everything, m1 a fifth of what m0 does: after 25 items m1 is out, and told as so much worse."""
+    right = Counting(synthetic(size=100, task_count=1))
+    right.before = lambda one, number: _flat(right, number, 1.0) if one == A else _fifth(right, number)
     searcher = Scripted([[A], [B], [AB, C]], racing="incumbent")
     run = study(searcher, right)
     run.run()
     outcome = searcher.told[1][0]
     assert outcome.status == "pruned"
-    assert outcome.value <= searcher.told[0][0].value == 1.0
+    assert outcome.value == pytest.approx(0.2)
+    assert outcome.bound == pytest.approx(0.2 + 1.6448536 * math.sqrt(25 / 24 * 0.2 * 0.8 / 25))
     assert len(outcome.scores.items["t0"]) == 25
     assert run.spent.items == 100 + 3 * 25
+
+
+def _fifth(counting: Counting, number: int) -> Scores:
+    """Every fifth item right."""
+    ids = (counting.asked[number][1].items or {})["t0"]
+    return Scores({"t0": {item: float(place % 5 == 0) for place, item in enumerate(ids)}}, cost=Cost(items=len(ids)))
 
 
 def _flat(counting: Counting, number: int, value: float) -> Scores:

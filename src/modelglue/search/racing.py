@@ -2,6 +2,10 @@
 
 Two candidates are compared on the items that both have, paired. A candidate is behind if the one-sided 95 % upper bound of the mean
 difference is below 0: by the normal approximation from 50 items on, by an exact sign test before.
+
+Who is given up on is told as worth what the leader is worth, plus the mean difference. Telling the upper bound instead looks safer and is
+not: bounds after few items are wider than after many, so they mix up the ranks that evolution and CMA-ES live on (measured: 1.5 points
+lost at the same number of candidates, none with the estimate).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from modelglue.errors import UserError
 from modelglue.recipe import Candidate, Evaluator, Level, Scores, Status
 
 #: `batch`: only the best of what is asked together matters, so all race against each other; `incumbent`: their order matters too, so
-#: they race against the best so far and stand for a bound when they are given up; `off`: every score must be whole
+#: they race against the best so far; `off`: every score must be whole
 Racing: TypeAlias = Literal["off", "incumbent", "batch"]
 #: how much a loss may count beside a score: less than the smallest step of any score
 _TIE = 1e-9
@@ -70,15 +70,17 @@ class Outcome:
     proposal: Proposal
     status: Status
     value: float
-    """The objective, larger is better; of a pruned candidate the most that it may be worth; -inf if it has no score."""
+    """The objective, larger is better; of a pruned candidate an estimate; -inf if it has no score."""
     tasks: Mapping[str, float]
     """Score per task; empty if there is none."""
     scores: Scores = field(default_factory=lambda: Scores({}))
     """What has been scored, item by item."""
+    bound: float | None = None
+    """The most that a pruned candidate may be worth (one-sided 95 %)."""
 
     @property
     def whole(self) -> bool:
-        """Whether the value is the score itself and no bound."""
+        """Whether the value is the score itself and no estimate."""
         return self.status == "ok"
 
     @cached_property

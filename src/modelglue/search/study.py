@@ -17,7 +17,7 @@ from modelglue.recipe import WHOLE, Candidate, Cost, Evaluator, Plan, Request, S
 from modelglue.search.fitness import Everything, Fitness, Part
 from modelglue.search.journal import Asked, Journal, as_text
 from modelglue.search.objective import Objective
-from modelglue.search.racing import compare, leader_of
+from modelglue.search.racing import Gap, compare, leader_of
 from modelglue.search.searcher import Budget, Outcome, Proposal, Racing, Searcher, offered, ranked
 
 #: event name and its fields
@@ -195,7 +195,7 @@ class Study:
     def _race(self, proposals: Mapping[int, Proposal], racing: Racing, incumbents: Sequence[Outcome]) -> dict[int, Outcome] | None:
         """Score candidates part by part, giving up those that are surely behind; None when the time is up."""
         scores: dict[int, Scores] = {}
-        behind: dict[int, tuple[int, float]] = {}  # id -> who is ahead, and the most that the difference may be
+        behind: dict[int, tuple[int, Gap]] = {}  # id -> who is ahead, and by how much
         order: list[int] = []
         active = list(proposals)
         against_any = racing != "off" and (bool(incumbents) or (racing == "batch" and len(active) > 1))
@@ -213,23 +213,24 @@ class Study:
             active = [id_ for id_ in active if scores[id_].status == "ok"]
             if not against_any or number + 1 == len(parts):
                 continue
-            for id_, (leader, upper) in self._losers(active, scores, incumbents, racing).items():
-                behind[id_] = (leader, upper)
+            for id_, (leader, gap) in self._losers(active, scores, incumbents, racing).items():
+                behind[id_] = (leader, gap)
                 order.append(id_)
                 active.remove(id_)
         found = {id_: self._outcome(id_, proposals[id_], scores[id_]) for id_ in proposals if id_ not in behind}
-        values = {outcome.id: outcome.value for outcome in [*incumbents, *found.values()]}
+        values = {outcome.id: (outcome.value, outcome.value) for outcome in [*incumbents, *found.values()]}
         for id_ in reversed(order):  # who was given up last may have led before
-            leader, upper = behind[id_]
-            values[id_] = values[leader] + min(0.0, upper)
+            leader, gap = behind[id_]
+            value, bound = values[leader]
+            values[id_] = (value + gap.difference, bound + min(0.0, gap.upper))
             pruned = replace(scores[id_], status="pruned")
-            found[id_] = Outcome(id_, proposals[id_], "pruned", values[id_], self.fitness.tasks(pruned), pruned)
+            found[id_] = Outcome(id_, proposals[id_], "pruned", values[id_][0], self.fitness.tasks(pruned), pruned, values[id_][1])
         self.counts["candidates"] += sum(self._rows[id_] == id_ for id_ in proposals)
         return {id_: found[id_] for id_ in proposals}
 
     def _losers(
         self, active: Sequence[int], scores: Mapping[int, Scores], incumbents: Sequence[Outcome], racing: Racing
-    ) -> dict[int, tuple[int, float]]:
+    ) -> dict[int, tuple[int, Gap]]:
         standing = [(outcome.id, outcome.scores) for outcome in incumbents]
         if racing == "batch":
             standing += [(id_, scores[id_]) for id_ in active]
@@ -237,7 +238,7 @@ class Study:
             return {}
         leader, ahead = standing[leader_of(standing, self.objective)]
         gaps = {id_: compare(scores[id_], ahead, self.objective) for id_ in active if id_ != leader}
-        return {id_: (leader, gap.upper) for id_, gap in gaps.items() if gap.behind}
+        return {id_: (leader, gap) for id_, gap in gaps.items() if gap.behind}
 
     def _outcome(self, id_: int, proposal: Proposal, scores: Scores) -> Outcome:
         if scores.status != "ok":
@@ -354,7 +355,9 @@ def _whole(parts: Sequence[Part]) -> Part:
 
 def _reopened(outcome: Outcome, rivals: Sequence[Outcome], racing: Racing) -> bool:
     """Whether a candidate that was given up on is needed whole, or may yet win: what it has to beat now is less."""
-    return outcome.status == "pruned" and (racing == "off" or any(outcome.value >= rival.value for rival in rivals))
+    return outcome.status == "pruned" and (
+        racing == "off" or any(outcome.bound is None or outcome.bound >= rival.value for rival in rivals)
+    )
 
 
 class _Clock:
