@@ -158,6 +158,18 @@ def test_sums_that_do_not_fit_the_dtype_are_told(tmp_path: Path) -> None:
     adapted = open_adapted(base, [write_adapter(tmp_path / "a", tensors)], "base+a")
     with pytest.raises(CheckpointError, match=r"base\+a: tensor 'm\.weight' comes out with NaN or infinity .* does not fit float16"):
         adapted.tensor("m.weight")
+    saved = {"m.weight": torch.full((6, 5), 1e6)}
+    zero = {
+        **saved,
+        "n.lora_A.weight": torch.ones(4, 5),
+        "n.lora_B.weight": torch.zeros(6, 4),
+        "n.base_layer.weight": torch.full((6, 5), 1e6),
+    }
+    base = TensorsCheckpoint({"m.weight": base.tensor("m.weight"), "n.weight": base.tensor("m.weight")})
+    replaced = open_adapted(base, [write_adapter(tmp_path / "b", zero, modules_to_save=["m"])], "base+b")
+    for name in base.names():
+        with pytest.raises(CheckpointError, match="comes out with NaN or infinity near element 7,"):
+            replaced.read(name, 7, 9)
 
 
 def test_folders_that_are_no_adapters(tmp_path: Path) -> None:

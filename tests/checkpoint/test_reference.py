@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save as tensor_bytes
 
 from modelglue.checkpoint import PickledCheckpoint, SafetensorsCheckpoint, open_checkpoint, save
+from modelglue.checkpoint.folder import hub_id_of
 from modelglue.checkpoint.reference import reference_from, split_reference
 from modelglue.errors import CheckpointError, ModelGlueError, UserError
 from tests.checkpoint.fake_hub import FakeHub, commit_of, serving
@@ -196,6 +197,8 @@ def test_what_is_needed_is_downloaded_and_nothing_else(hub: FakeHub) -> None:
     assert isinstance(checkpoint, SafetensorsCheckpoint)
     assert torch.equal(checkpoint.tensor("a"), A["a"])
     assert checkpoint.hub_id == "org/model"
+    assert hub_id_of(Path("cache/datasets--org--model/snapshots/main")) is None
+    assert hub_id_of(Path("mine/org--model/snapshots/main")) is None
     assert checkpoint.describe() == {"model": "org/model"}
     assert hub.fetched() == sorted([*CONFIG, "model.safetensors"])
     assert "Bearer hf_of_a_test" in hub.tokens

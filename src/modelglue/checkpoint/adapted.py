@@ -179,11 +179,11 @@ class AdaptedCheckpoint(Checkpoint):
         if stop <= start:
             return out
         if not change.added and not change.rows:
-            return out.copy_(self._start(change, start, stop))
+            return out.copy_(self._unchanged(name, change, start, stop))
         with single_thread():
             ready = self._prepared(name, change)
             if not ready.changes_anything:
-                return out.copy_(self._start(change, start, stop))
+                return out.copy_(self._unchanged(name, change, start, stop))
             grid = Grid.of(change)
             for first, last in grid.blocks(start // grid.width, -(-stop // grid.width)):
                 begin = first * grid.width
@@ -200,6 +200,11 @@ class AdaptedCheckpoint(Checkpoint):
         assert change.origin is not None
         return self._base.read(change.origin, start, stop)
 
+    def _unchanged(self, name: str, change: Change, start: int, stop: int) -> torch.Tensor:
+        """What nothing is added to: the base's elements, or those that replace them, rounded to the base's dtype."""
+        values = self._start(change, start, stop)
+        return values if values.dtype == torch_dtype(change.info.dtype) else self._rounded(name, change, values, start)
+
     def _rounded(self, name: str, change: Change, values: torch.Tensor, begin: int) -> torch.Tensor:
         import torch
 
@@ -210,7 +215,7 @@ class AdaptedCheckpoint(Checkpoint):
             position = begin + int((~torch.isfinite(stored)).nonzero()[0, 0])
             raise CheckpointError(
                 f"{self._reference}: tensor '{name}' comes out with NaN or infinity near element {position:,}: the base holds it there, "
-                f"or the sum does not fit {str(dtype).removeprefix('torch.')}. Repair the base, or convert it to a wider dtype."
+                f"or the result does not fit {str(dtype).removeprefix('torch.')}. Repair the base, or convert it to a wider dtype."
             )
         return stored
 

@@ -168,8 +168,9 @@ class SafetensorsCheckpoint(DiskCheckpoint):
 def hub_id_of(path: Path) -> str | None:
     """`org/name` of a folder that is a snapshot in the hub's cache."""
     snapshots = path.absolute().parent
-    owner, _, name = snapshots.parent.name.removeprefix("models--").partition("--")
-    return f"{owner}/{name}" if snapshots.name == "snapshots" and name else None
+    kind, _, repository = snapshots.parent.name.partition("--")
+    owner, _, name = repository.partition("--")
+    return f"{owner}/{name}" if snapshots.name == "snapshots" and kind == "models" and name else None
 
 
 def read_config(path: Path) -> Mapping[str, Any]:

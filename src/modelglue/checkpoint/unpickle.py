@@ -22,7 +22,6 @@ _MAX_STEPS = 30_000_000
 _LONGEST_LINE = 10_000
 #: begins the key of a dict that was no text, such as the parameter numbers of an optimiser
 NUMBERED = "\0"
-_MARK: Any = object()
 _MANY = 2**63
 
 #: storage class -> dtype; "" where elements are bytes and the tensor says its dtype itself
