@@ -82,7 +82,7 @@ def test_the_schema_of_one_method(run: Run) -> None:
     }  # fmt: skip
     assert list(parameters) == ["weight", "density", "lambda", "normalize", "rescale", "rescale_by"]
     assert parameters["density"] == {
-        "name": "density", "per_model": True, "type": "float", "required": False, "default": 1.0, "choices": [], "range": "(0, 1]",
+        "name": "density", "per_model": True, "type": "float", "required": False, "default": 1.0, "choices": [], "range": "[0, 1]",
         "doc": "probability with which an entry of this model's task vector is kept.",
     }  # fmt: skip
     assert parameters["weight"]["required"] is True

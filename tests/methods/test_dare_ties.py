@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,3 +105,14 @@ def test_random_numbers_follow_the_stream_not_the_place() -> None:
     moved = merge("dare_ties", models[1:2], base, {"weight": [1.0], "density": [0.5]}, options={"streams": [1]})
     alone = merge("dare_ties", models[:2], base, {"weight": [0.0, 1.0], "density": [0.5] * 2})
     torch.testing.assert_close(moved, alone)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
+@pytest.mark.parametrize("options", [{}, {"rescale": False}, {"rescale_by": "inverse"}])
+def test_density_zero_leaves_a_model_out(method: str, options: dict[str, Any]) -> None:
+    """A gradient may begin there."""
+    base = randn(6, 9, seed=1)
+    a, b = base + randn(6, 9, seed=2), base + randn(6, 9, seed=3)
+    found = merge(method, [a, b], base, {"weight": [0.7, 0.4], "density": [0.0, 1.0]}, normalize=False, **options)
+    assert torch.equal(found, merge(method, [b], base, {"weight": [0.4]}, normalize=False, **options))
+    assert torch.equal(merge(method, [a], base, {"weight": [0.7], "density": [0.0]}, **options), base)

@@ -40,13 +40,13 @@ BY_RANK = Chances(_by_rank, by_magnitude=True)
 
 
 def window_fits(parameters: Mapping[str, Any], models: Sequence[str]) -> list[str]:
-    """Every probability lies between 0 and 1."""
+    """Every probability lies between 0 and 1, but where nothing or all is dropped."""
     faults = []
     for model, density, epsilon in zip(models, parameters["density"], parameters["epsilon"], strict=True):
         low, high = density - epsilon, density + epsilon
-        if density < 1 and not (low > 0 and high < 1):
+        if 0 < density < 1 and not (low > 0 and high < 1):
             faults.append(
                 f"{model}: density {density:g} and epsilon {epsilon:g} make probabilities from {low:g} to {high:g}, allowed is (0, 1); "
-                "lower epsilon, or set density to 1 to drop nothing"
+                "lower epsilon, or set density to 1 to drop nothing (0: all)"
             )
     return faults

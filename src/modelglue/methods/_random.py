@@ -58,6 +58,11 @@ class Dropped:
         return kept if len(kept) == stop - start else None
 
 
+def _chance(chances: Chances, magnitude: Tensor | None, position: int, parameters: Mapping[str, Any]) -> float | Array:
+    """With density 0 nothing stays, whatever else the chances depend on."""
+    return chances.of(magnitude, position, parameters) if parameters["density"][position] > 0 else 0.0
+
+
 def _density(magnitude: Tensor | None, position: int, parameters: Mapping[str, Any]) -> float:
     return float(parameters["density"][position])
 
@@ -83,7 +88,7 @@ def drop_rounds(chances: Chances, parameters: Mapping[str, Any], unit: Unit = "e
                 bits.append(None)
                 continue
             magnitude = (model - base).abs_()
-            kept = _host(uniform[position]) < chances.of(magnitude, position, parameters)
+            kept = _host(uniform[position]) < _chance(chances, magnitude, position, parameters)
             before = sums(magnitude)
             found.append((before, sums(magnitude.mul_(torch.from_numpy(kept.view(np.uint8)).to(base.device)))))
             bits.append(np.packbits(kept) if start < _REMEMBERED // len(models) else None)
@@ -124,10 +129,10 @@ def merge_dropped(
             continue
         keep = survey[0].kept(position, start, start + base.numel()) if survey else None
         if keep is None:
-            chance = chances.of((model - base).abs_() if chances.by_magnitude else None, position, parameters)
+            chance = _chance(chances, (model - base).abs_() if chances.by_magnitude else None, position, parameters)
             keep = (_host(uniform[position]) < chance).view(np.uint8)
             if inverse and isinstance(chance, float):
-                ratios[position] = 1.0 / chance
+                ratios[position] = 1.0 / chance if chance else 1.0
             elif inverse:
                 keep = np.divide(keep, chance, dtype=np.float32)
         kept.append(torch.from_numpy(keep).to(base.device).reshape(-1))

@@ -27,7 +27,7 @@ def dare_linear(
     start: int,
     *,
     weight: PerModel[float],
-    density: PerModel[Annotated[float, Range(above=0, high=1)]] = per_model(1.0),
+    density: PerModel[Annotated[float, Range(low=0, high=1)]] = per_model(1.0),
     lambda_: float = 1.0,
     normalize: bool = False,
     rescale: bool = True,

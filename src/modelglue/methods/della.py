@@ -36,7 +36,7 @@ def della(
     start: int,
     *,
     weight: PerModel[float],
-    density: PerModel[Annotated[float, Range(above=0, high=1)]] = per_model(1.0),
+    density: PerModel[Annotated[float, Range(low=0, high=1)]] = per_model(1.0),
     epsilon: PerModel[Annotated[float, Range(low=0, below=0.5)]] = per_model(0.15),
     lambda_: float = 1.0,
     normalize: bool = True,
