@@ -39,6 +39,8 @@ COMMANDS = {
     "push": ("modelglue.cli.push:push", "Upload an output to the hub."),
     "extract-lora": ("modelglue.cli.extract_lora:extract_lora", "Extract a LoRA adapter from a model and its base."),
     "merge-adapters": ("modelglue.cli.merge_adapters:merge_adapters", "Combine LoRA adapters of one base into one adapter."),
+    "search": ("modelglue.cli.search:search", "Search members, coefficients and layers by scoring candidates that are merged in memory."),
+    "recommend": ("modelglue.cli.recommend:recommend", "Say which merge methods suit a zoo, and why."),
     "similarity": ("modelglue.cli.similarity:similarity", "Compare the weights of models and find the families."),
     "eval": ("modelglue.cli.eval:evaluate", "Score models on lm-evaluation-harness tasks."),
     "generate": ("modelglue.cli.generate:generate", "Continue prompts, greedily, and print the continuations."),

@@ -125,6 +125,10 @@ class Candidate:
         """The key with other names for the models, such as hashes of their contents; aliases that `names` lacks stay."""
         return json.dumps(_rounded(_renamed(self.recipe, names)), sort_keys=True)
 
+    def over(self, names: Mapping[str, Any]) -> Candidate:
+        """The same with references, or whole recipes, in place of aliases; those that `names` lacks stay."""
+        return Candidate.of(_renamed(self.recipe, names))
+
     def describe(self) -> str:
         """A few words for people."""
         if self.alone is not None:
@@ -163,7 +167,7 @@ def _merged(recipe: Mapping[str, Any]) -> Iterator[str]:
                 yield from _merged(entry["model"])
 
 
-def _renamed(node: Any, names: Mapping[str, str]) -> Any:
+def _renamed(node: Any, names: Mapping[str, Any]) -> Any:
     if isinstance(node, list):
         return [_renamed(part, names) for part in node]
     if isinstance(node, Mapping):

@@ -37,6 +37,11 @@ class SearchReport:
     searcher: Mapping[str, Any]
     warnings: tuple[str, ...]
 
+    def leaders(self, count: int) -> list[Outcome]:
+        """The best candidates that were scored whole, each recipe once, the best first."""
+        once = {outcome.proposal.candidate.key: outcome for outcome in reversed(ranked(self.outcomes)) if outcome.proposal.candidate}
+        return list(reversed(once.values()))[:count]
+
     def history(self) -> list[dict[str, Any]]:
         """Every candidate in order, with the best value so far and the items that had been asked for."""
         rows = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,24 +33,37 @@ def recorded(folder: str | Path) -> SearchReport:
     batches: dict[int, list[Asked]] = {}
     for one in asked:
         batches.setdefault(one.batch, []).append(one)
+    told = {fields["batch"]: fields for kind, fields in events if kind == "told"}
+    objective, whole = make_objective(settings), _whole(settings, run["tasks"])
     outcomes = []
-    for kind, fields in events:
-        if kind == "told":
-            for one, value, status in zip(batches[fields["batch"]], fields["values"], fields["statuses"], strict=False):
-                known = scores.get(first.get(one.key or "", one.id), Scores({}))
-                tasks = known.tasks() if status in ("ok", "pruned") and known.items else {}
-                proposal = Proposal(None if one.recipe is None else Candidate(one.recipe), json.loads(one.params),
-                                    tuple(json.loads(one.parents)), one.tag)  # fmt: skip
-                value = -math.inf if value is None else value
-                outcomes.append(Outcome(one.id, proposal, status, value, tasks, replace(known, status=status)))
+    for batch, members in batches.items():
+        fields = told.get(batch)
+        for place, one in enumerate(members):
+            known = scores.get(first.get(one.key or "", one.id), Scores({}))
+            if fields is not None and place < len(fields["values"]):
+                value, status = fields["values"][place], fields["statuses"][place]
+            elif known.status == "ok" and sum(map(len, known.items.values())) == whole:  # of a batch that was cut short
+                value, status = objective(known.tasks()), "ok"
+            else:
+                continue
+            tasks = known.tasks() if status in ("ok", "pruned") and known.items else {}
+            candidate = None if one.recipe is None else Candidate(one.recipe)
+            proposal = Proposal(candidate, json.loads(one.params), tuple(json.loads(one.parents)), one.tag)
+            outcomes.append(Outcome(one.id, proposal, status, -math.inf if value is None else value, tasks, replace(known, status=status)))
     ended = [fields for kind, fields in events if kind == "ended"]
     last = ended[-1] if ended and [kind for kind, _ in events if kind in ("began", "ended", "stopped")][-1] == "ended" else {}
+    keys = [one.proposal.candidate.key for one in outcomes if one.proposal.candidate is not None]
     return gathered(
-        outcomes, confirmed, make_objective(settings), tuple(run["tasks"]),
-        counts={"candidates": len(scores), "duplicates": len(outcomes) - len({one.proposal.candidate and one.proposal.candidate.key
-                                                                              for one in outcomes}), "replayed": 0},
-        spent=spent, stopped=last.get("stopped", ""), searcher=last.get("searcher", {}), confirms=run.get("confirmation") is not None,
+        outcomes, {id_: found for id_, found in confirmed.items() if id_ in {one.id for one in outcomes}}, objective, tuple(run["tasks"]),
+        counts={"candidates": len(scores), "duplicates": len(keys) - len(set(keys)), "replayed": 0}, spent=spent,
+        stopped=last.get("stopped", ""), searcher=last.get("searcher", {}), confirms=run.get("confirmation") is not None,
     )  # fmt: skip
+
+
+def _whole(settings: SearchSettings, sizes: Mapping[str, int]) -> int:
+    """Items of a candidate that was not given up."""
+    most = settings.fitness.items if settings.fitness.kind == "item_response" else settings.fitness.limit
+    return sum(size if most is None else min(size, most) for size in sizes.values())
 
 
 def _scored(parts: list[tuple[int, Scores]]) -> tuple[dict[int, Scores], Cost]:
