@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from modelglue.methods._sums import block_dots, total
+from modelglue.methods._spheres import gather_dots, gram_of, lengths
 from modelglue.methods._task_vectors import add_scaled
 from modelglue.methods.registry import Round, Unit, method
 
@@ -16,24 +17,14 @@ if TYPE_CHECKING:
 _NO_LENGTH = 1e-12
 
 
-def _pairs(n: int) -> list[tuple[int, int]]:
-    return [(i, j) for i in range(n) for j in range(i, n)]
-
-
-def _dots(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> Any:
-    return block_dots([model - base for model in models], _pairs(len(models)))
-
-
 def _ratio(partials: Sequence[Any], known: Any, numel: int, parameters: Mapping[str, Any]) -> float | None:
     """The share of the mean; None where the task vectors are so opposed that there is none."""
-    count = len(partials[0]) if partials else 0
-    n = int((math.isqrt(8 * count + 1) - 1) // 2)
-    dots = {pair: total([partial[k] for partial in partials]) for k, pair in enumerate(_pairs(n))}
+    gram = gram_of(partials)
+    n, long = len(gram), lengths(gram)
     cosines = []
-    for i, j in _pairs(n):
-        if i != j:
-            length = math.sqrt(dots[i, i]) * math.sqrt(dots[j, j])
-            cosines.append(max(-1.0, min(1.0, dots[i, j] / length)) if length > _NO_LENGTH**2 else 0.0)
+    for i, j in itertools.combinations(range(n), 2):
+        length = long[i] * long[j]
+        cosines.append(max(-1.0, min(1.0, gram[i][j] / length)) if length > _NO_LENGTH**2 else 0.0)
     if parameters["angle_average"] == "angle":
         mean = math.cos(sum(map(math.acos, cosines)) / len(cosines)) if cosines else 0.0
     else:
@@ -54,7 +45,7 @@ def _unit(parameters: Mapping[str, Any]) -> Unit:
 
 
 def _rounds(parameters: Mapping[str, Any]) -> list[Round]:
-    return [] if parameters["filter_wise"] else [Round(_dots, _ratio, note=_opposed)]
+    return [] if parameters["filter_wise"] else [Round(gather_dots, _ratio, note=_opposed)]
 
 
 @method(
@@ -96,12 +87,12 @@ def model_stock(
     for delta in deltas[1:]:
         mean += delta
     mean /= n
-    lengths = [delta.double().norm(dim=-1, keepdim=True) for delta in deltas]
-    cosine = torch.zeros_like(lengths[0])
+    long = [delta.double().norm(dim=-1, keepdim=True) for delta in deltas]
+    cosine = torch.zeros_like(long[0])
     for i in range(n):
         for j in range(i + 1, n):
             dot = (deltas[i].double() * deltas[j].double()).sum(dim=-1, keepdim=True)
-            length = lengths[i] * lengths[j]
+            length = long[i] * long[j]
             pair = torch.where(length > _NO_LENGTH**2, (dot / length.clamp(min=1e-300)).clamp(-1, 1), 0.0)
             cosine += pair.acos() if angle_average == "angle" else pair
     cosine /= n * (n - 1) / 2
