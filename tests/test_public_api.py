@@ -53,6 +53,11 @@ OPTIONS = {
     "extract-lora": "--model --base --out --rank --energy --sv-epsilon --include --exclude --embed-lora --skip-others --scale-in-a --exact "
     "--dtype --base-name --workers --overwrite --json --quiet",
     "merge-adapters": "ADAPTERS --out --weights --mode --density --majority-sign --rank --clamp --seed --dtype --overwrite --json --quiet",
+    "search run": "--source --out --workers --store --quiet --json",
+    "search resume": "--out --workers --store --quiet --json",
+    "search report": "--out --quiet --json",
+    "search export": "--out --candidate --best --csv --optuna --tensorboard --workers --overwrite --quiet --json",
+    "recommend": "--zoo --base --json --quiet",
     "similarity": "MODELS --zoo --mode --scope --base --threshold --linkage --out --overwrite --json --quiet",
     "eval": "MODELS --tasks --include --store --json --quiet",
     "generate": "--model PROMPTS --max-new-tokens --until --json --quiet",
@@ -117,19 +122,23 @@ def test_exit_codes() -> None:
 
 
 def arguments(command: str) -> Any:
-    return app[command].assemble_argument_collection(parse_docstring=True)
+    """Of a command, or of a part of one ("search run")."""
+    found = app
+    for name in command.split():
+        found = found[name]
+    return found.assemble_argument_collection(parse_docstring=True)
 
 
 def test_commands() -> None:
-    assert list(COMMANDS) == list(OPTIONS)
+    assert list(COMMANDS) == list(dict.fromkeys(command.partition(" ")[0] for command in OPTIONS))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OPTIONS)
 def test_options(command: str) -> None:
     assert [name for argument in arguments(command) for name in argument.names] == OPTIONS[command].split()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OPTIONS)
 def test_every_option_is_described(command: str) -> None:
     for argument in arguments(command):
         text = argument.parameter.help
@@ -142,12 +151,13 @@ def test_every_option_is_described(command: str) -> None:
 def test_the_list_of_commands_says_what_the_command_says(command: str) -> None:
     path, text = COMMANDS[command]
     module, _, function = path.partition(":")
-    doc = inspect.getdoc(getattr(importlib.import_module(module), function))
+    found = getattr(importlib.import_module(module), function)
+    doc = found.help if command == "search" else inspect.getdoc(found)
     assert doc is not None
     assert " ".join(doc.split("\n\n")[0].split()).startswith(text.removesuffix("."))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OPTIONS)
 def test_flags_have_one_spelling(command: str) -> None:
     """No --no-json: a switch that is off by default needs no second name."""
     for argument in arguments(command):
@@ -156,7 +166,7 @@ def test_flags_have_one_spelling(command: str) -> None:
             assert argument.parameter.negative == (), argument.names
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OPTIONS)
 def test_commands_have_machine_readable_output(command: str) -> None:
     assert "--json" in OPTIONS[command].split()
 
