@@ -23,9 +23,9 @@ open save select similarity
 FLOOR_NAMES = {
     "evaluation": "CandidateEvaluator FunctionEvaluator ScoreStore TaskSet VllmResident evaluate leak_check score_text_model",
     "search": """
-        SEARCHERS STRATEGIES AverageSearch Budget CoefficientSearch Facts HeuristicSearch Needs Outcome Proposal Ranking ReplayError Round Rule
-        SearchReport SearchSettings Searcher SelectResult Selection Study SyntheticEvaluator candidate_of progress_of read_settings run_study
-        select warm_start
+        SEARCHERS STRATEGIES AverageSearch Budget CoefficientSearch Facts HeuristicSearch Needs Outcome Proposal Ranking ReplayError
+        Round Rule SearchReport SearchSettings Searcher SelectResult Selection Study SyntheticEvaluator candidate_of progress_of
+        read_settings recorded run_study select warm_start
     """,
     "methods": "Method Parameter PerModel Range all_methods get method per_model",
     "recipe": """

@@ -73,7 +73,8 @@ def main(tokens: list[str] | None = None) -> None:
 def _run(arguments: list[str]) -> None:
     command = arguments[0] if arguments else ""
     if command in COMMANDS:
-        app[command].help = None  # the list of commands shows one line of help, the command itself its whole docstring
+        if command != "search":  # which is a list of commands itself
+            app[command].help = None  # the list of commands shows one line of help, the command itself its whole docstring
     elif command and not command.startswith("-"):
         raise UserError(f"there is no command '{command}'.{did_you_mean(command, COMMANDS)} Known: {', '.join(COMMANDS)}.")
     if command == "merge":
