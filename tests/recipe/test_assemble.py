@@ -399,6 +399,20 @@ def test_the_widest_dtype_of_the_inputs() -> None:
     assert merged(linear("half", "full"), opened).info(UP.format(0)).dtype == "BF16"
 
 
+@pytest.mark.parametrize("form", ["whole", "slices"])
+def test_the_config_names_the_dtype_to_which_inputs_were_widened(form: str) -> None:
+    """A loader that believed the donor's would narrow the weights again."""
+    opened = models(half=tensors(1, dtype=torch.bfloat16), full=tensors(3))
+    for checkpoint in opened.values():
+        checkpoint.config["dtype"] = "bfloat16"  # type: ignore[index]
+    for names, dtype in ((("half", "half"), "bfloat16"), (("half", "full"), "float32")):
+        value: dict[str, Any] = {**linear(*names), "dtype": {"store": "widest"}}
+        if form == "slices":
+            entries = value.pop("models")
+            value["slices"] = [{"models": [{**entry, "layers": [0, 2]} for entry in entries]}]
+        assert merged(value, opened).config["dtype"] == dtype
+
+
 def test_several_documents_are_rounded_each_to_its_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate("abc", 1):

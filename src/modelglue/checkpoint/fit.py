@@ -187,6 +187,13 @@ def widest(dtypes: Sequence[str]) -> str:
     return next(iter(kinds)) if len(kinds) == 1 else "F64" if "F64" in kinds else "F32"
 
 
+def promoted(output: Checkpoint, donor: Checkpoint) -> str | None:
+    """The one dtype that tensors got in place of the donor's narrower one; a loader that believed the donor's config would narrow them."""
+    shared = set(output.names()) & set(donor.names())
+    kinds = {output.info(name).dtype for name in shared if output.info(name).dtype != donor.info(name).dtype}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
 def label_of(checkpoint: Checkpoint) -> str:
     """What an error calls this checkpoint: its reference, or the method of the merge."""
     description = checkpoint.describe()

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint.engine import Engine, Job
-from modelglue.checkpoint.fit import Missing, ShapeMismatch, fit, label_of, widest
+from modelglue.checkpoint.fit import Missing, ShapeMismatch, fit, label_of, promoted, widest
 from modelglue.checkpoint.merge_function import Constant, MergeFunction, ParameterSource, unit_shape
 from modelglue.checkpoint.protocol import FLOATING, Checkpoint, SideFile, TensorInfo
 from modelglue.checkpoint.tensors import STORE_DTYPES, torch_dtype
@@ -132,8 +132,9 @@ class MergedCheckpoint(Checkpoint):
     def config(self) -> Mapping[str, Any]:
         """The donor's config with the dtype field patched; nothing else is touched."""
         config = dict(self._donor.config)
-        if self._store in _SHORT and config:
-            config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = _SHORT[self._store]
+        store = promoted(self, self._donor) if self._store == "widest" else self._store
+        if store in _SHORT and config:
+            config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = _SHORT[store]
         return config
 
     @property

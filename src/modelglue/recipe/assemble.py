@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modelglue.checkpoint import FLOATING, STORE_DTYPES, Checkpoint, JoinedCheckpoint, MergedCheckpoint
+from modelglue.checkpoint.fit import promoted
 from modelglue.checkpoint.vocabulary import AlignmentReport, chat_template, dressed
 from modelglue.errors import RecipeError
 from modelglue.methods import get
@@ -125,13 +126,15 @@ class _Assembly:
             return self._merged(planned.pieces[0], self._donor_of_dtypes(), description)
         parts = [self._merged(piece, None, None) for piece in planned.pieces]
         joined = JoinedCheckpoint([("", one) for one in [*parts, *map(self._stored, planned.copied)]], donor.config, description)
-        return dressed(joined, config=self._dtype_field(donor.config), files=replacing(joined, donor))
+        return dressed(joined, config=self._dtype_field(joined, donor), files=replacing(joined, donor))
 
-    def _dtype_field(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The field of the config that names the stored dtype, where the recipe says which."""
-        if self._store not in STORE_DTYPES or not config:
+    def _dtype_field(self, output: Checkpoint, donor: Checkpoint) -> dict[str, Any]:
+        """The field of the donor's config that names the stored dtype, where the recipe says which, or where the donor's was widened."""
+        store = _LONG.get(promoted(output, donor) or "") if self._store == "widest" else self._store
+        config = donor.config
+        if store not in STORE_DTYPES or not config:
             return {}
-        return {"torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype": self._store}
+        return {"torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype": store}
 
     def _donor_of_dtypes(self) -> Checkpoint:
         """Whose dtypes the output has: the donor's; those of the model on disk behind it, where it is itself a merge in float32."""
@@ -169,5 +172,5 @@ class _Assembly:
         aligned = self._recipe.tokenizer is not None or self._recipe.vocabulary_mismatch == "truncate"
         found, odd = put_into(whole, into.part, merged, rest, label, aligned=aligned, layers=layers)
         self._context.warnings += odd
-        config = {**found.config, **self._dtype_field(whole.config)}
+        config = {**found.config, **self._dtype_field(found, whole)}
         return JoinedCheckpoint([("", found)], config, written_out(self._recipe), files=found.files)
