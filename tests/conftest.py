@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before anything of the hub library is imported: no test may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,10 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before torch is imported, here and in what the tests start: test processes share the cores, and threads that wait for one would spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No test may fail because the machine is busy.
+settings.register_profile("modelglue", deadline=None)
+settings.load_profile("modelglue")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
