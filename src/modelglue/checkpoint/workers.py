@@ -124,14 +124,20 @@ def _start(argument: Any, started: Any) -> None:
             libc.prctl(set_death_signal, signal.SIGKILL)  # nobody writes on when the parent was killed
         if os.getppid() == 1:
             os._exit(1)
-        with contextlib.suppress(AttributeError):
-            # Keep freed chunks: giving pages back after every chunk and faulting them in again costs more than the arithmetic.
-            trim_threshold, mmap_threshold = -1, -3
-            libc.mallopt(trim_threshold, 1 << 29)
-            libc.mallopt(mmap_threshold, 1 << 28)
+    keep_freed_memory()
     import torch
 
     torch.set_num_threads(1)
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep freed chunks: giving their pages back and faulting them in again costs more than the arithmetic."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(AttributeError):
+            trim_threshold, mmap_threshold = -1, -3
+            libc = ctypes.CDLL(None)
+            libc.mallopt(trim_threshold, 1 << 29)
+            libc.mallopt(mmap_threshold, 1 << 28)
 
 
 def _work(task: Any) -> Any:

@@ -35,7 +35,8 @@ class CandidateEvaluator:
     `store_dtype`: see `Members`. Evaluators of several task sets may share one `resident` model. With `workers` above 1 (or a `crew`)
     `evaluate_many` scores several candidates at once, or parts of one; batches are the same whoever scores them, so the scores do not
     depend on the number of workers. `timeout`: seconds that one evaluation may take; checked between batches, and where there are
-    workers a batch that takes longer is ended. With `strict` whatever fails is raised, whosever fault it is. Use it as a context manager where there are workers.
+    workers a batch that takes longer is ended. With `strict` whatever fails is raised, whosever fault it is. Use it as a context manager
+    where there are workers.
     """
 
     def __init__(

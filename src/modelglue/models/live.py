@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint import Checkpoint, file_bytes, file_place
-from modelglue.checkpoint.workers import single_thread
+from modelglue.checkpoint.workers import keep_freed_memory, single_thread
 from modelglue.errors import CheckpointError
 from modelglue.models.build import empty_model
 from modelglue.models.names import Step, loading_steps, some, uncovered
@@ -148,15 +148,15 @@ def _write(checkpoint: Checkpoint, plain: Sequence[tuple[str, torch.Tensor]]) ->
 
     jobs = list(_runs(checkpoint, plain))
     threads = min(torch.get_num_threads(), len(jobs))
-    if (
-        threads < 2
-        or sum(place.numel() for _, place in plain) < _WORTH_THREADS
-        or not all(checkpoint.splittable(name) for name, _ in plain)
-    ):
-        for job in jobs:
-            _write_run(checkpoint, job)
+    if sum(place.numel() for _, place in plain) < _WORTH_THREADS or not all(checkpoint.splittable(name) for name, _ in plain):
+        threads = 1
+    if threads < 2:
+        with single_thread():
+            for job in jobs:
+                _write_run(checkpoint, job)
         return
     checkpoint.prepare([name for name, _ in plain])
+    keep_freed_memory()
     with single_thread(), ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for done in [pool.submit(_write_run, checkpoint, job) for job in sorted(jobs, key=lambda job: -sum(p.numel() for _, p in job))]:
             done.result()
