@@ -173,6 +173,24 @@ def test_layers_stored_in_out_are_told_by_the_config_and_by_their_shape(tmp_path
     near(adapted.tensor("square.weight"), base.tensor("square.weight") + update(tensors, "square"))
 
 
+def test_square_layers_of_a_class_that_stores_them_in_out_whatever_the_config_says(tmp_path: Path) -> None:
+    """PEFT writes the setting of the last layer it has met: an adapter of a GPT-2 classifier's blocks and head says no of both."""
+    attn, score = "transformer.h.0.attn.c_proj", "score"
+    tensors = {**linear(attn, 5, 5), **linear(score, 5, 5), **linear("x", 4, 5)}
+    base = TensorsCheckpoint({f"{attn}.weight": randn(5, 5), "score.weight": randn(5, 5), "x.weight": randn(5, 4)}, {"model_type": "gpt2"})
+    for says in (False, True):
+        adapted = open_adapted(base, [write_adapter(tmp_path / str(says), tensors, fan_in_fan_out=says)], "base+a")
+        near(adapted.tensor(f"{attn}.weight"), base.tensor(f"{attn}.weight") + update(tensors, attn).T)
+        near(adapted.tensor("score.weight"), base.tensor("score.weight") + update(tensors, score))
+        assert adapted.warnings == ()
+    unknown = TensorsCheckpoint({name: base.tensor(name) for name in base.names()})
+    adapted = open_adapted(unknown, [tmp_path / "False"], "base+a")
+    near(adapted.tensor(f"{attn}.weight"), base.tensor(f"{attn}.weight") + update(tensors, attn))
+    (warning,) = adapted.warnings
+    assert "'score.weight' is square" in warning
+    assert "but 'x.weight' is stored the other way round. Check fan_in_fan_out" in warning
+
+
 def test_convolutions(tmp_path: Path) -> None:
     base = TensorsCheckpoint({"c.weight": randn(6, 4, 3, 3), "d.weight": randn(6, 4, 3)})
     tensors = {"c.lora_A.weight": randn(2, 4, 3, 3, seed=1), "c.lora_B.weight": randn(6, 2, 1, 1, seed=2)}

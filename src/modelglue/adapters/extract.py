@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelglue.adapters.low_rank import residual, truncated_svd
-from modelglue.adapters.selection import Selection, is_transposed, select_tensors
+from modelglue.adapters.selection import Selection, select_tensors
 from modelglue.adapters.written import adapter_config, fill_folder
 from modelglue.checkpoint import (
     ENGINE_VERSION,
@@ -26,7 +26,7 @@ from modelglue.checkpoint import (
     write_json_atomic,
 )  # fmt: skip
 from modelglue.checkpoint.adapter.keys import PREFIX
-from modelglue.checkpoint.adapter.names import in_live_models
+from modelglue.checkpoint.adapter.names import in_live_models, is_transposed
 from modelglue.checkpoint.staging import check_apart
 from modelglue.checkpoint.workers import run_tasks
 from modelglue.errors import CheckpointError, MergeError, UserError

@@ -18,8 +18,6 @@ _TABLES = (
     "embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings", "wpe", "embed_positions", "position_embeddings",
     "token_type_embeddings", "relative_attention_bias",
 )  # fmt: skip
-#: model types whose linear layers are stored (in, out)
-_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _STEP = 2**22
 
 
@@ -36,11 +34,6 @@ class Selection:
 
     def of(self, *kinds: Kind) -> list[str]:
         return sorted(name for name, kind in self.kinds.items() if kind in kinds)
-
-
-def is_transposed(config: Mapping[str, object]) -> bool:
-    """Whether a model of this config stores its linear layers (in, out)."""
-    return config.get("model_type") in _TRANSPOSED
 
 
 def select_tensors(

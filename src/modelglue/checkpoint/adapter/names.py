@@ -20,6 +20,8 @@ _OTHER_HEADS = {
     "Whisper": "proj_out", "Bert": "cls.predictions.decoder", "DistilBert": "vocab_projector", "Roberta": "lm_head.decoder",
     "XLMRoberta": "lm_head.decoder", "Albert": "predictions.decoder", "Electra": "generator_lm_head",
 }  # fmt: skip
+#: model types whose linear layers are stored (in, out)
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _SHOWN = 4
 
 
@@ -123,6 +125,11 @@ def unwritten_head(config: Mapping[str, Any]) -> str | None:
         return None
     other = re.match(rf"({'|'.join(_OTHER_HEADS)})(?=For|LMHead)", name)
     return f"{_OTHER_HEADS[other[1]] if other else 'lm_head'}.weight"
+
+
+def is_transposed(config: Mapping[str, Any]) -> bool:
+    """Whether a model of this config stores the linear layers of its blocks (in, out)."""
+    return config.get("model_type") in _TRANSPOSED
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from modelglue.checkpoint.adapter.folder import Adapter, Update
 from modelglue.checkpoint.adapter.stacks import Fused, fused_parameters, lay_on_parameters, modules_of_experts
 from modelglue.checkpoint.header import shown
 from modelglue.checkpoint.protocol import FLOATING, Checkpoint, TensorInfo
+from modelglue.checkpoint.tensor_names import layer_of
 from modelglue.errors import CheckpointError
 
 
@@ -80,11 +81,14 @@ class _Placing:
             module, _, parameter = tensor.rpartition(".")
             name = f"{called[module]}.{parameter}" if called.get(module) else tensor
             self._replace(adapter, name, key)
+        self._square: dict[Layout, str] = {}  # layout -> the first layer laid so, of square ones
+        self._told: dict[Layout, str] = {}  # and of layers whose shape tells
         by_module: dict[str, list[Update]] = {}
         for update in adapter.updates.values():
             by_module.setdefault(update.module, []).append(update)
         for module, updates in by_module.items():
             self._update(adapter, called[module], updates, scale)
+        self._warn_of_squares(adapter)
         for module, key in adapter.tokens.items():
             self._rows(adapter, module, called[module], key)
 
@@ -214,9 +218,11 @@ class _Placing:
             "plain": info.shape == (out, *into) and not update.embedding,
             "transposed": len(into) == 1 and info.shape == (into[0], out),
         }
-        # the config speaks of all layers; where one of them is stored the other way round, its shape says so
-        usual: Layout = "transposed" if update.embedding or adapter.config.fan_in_fan_out else "plain"
+        # where shape and usual way differ the shape decides; a square matrix fits both ways
+        usual = self._usual_layout(adapter, name, update)
         layout: Layout = usual if fits[usual] else "plain" if usual == "transposed" else "transposed"
+        if len(into) == 1 and not update.embedding:
+            (self._square if all(fits.values()) else self._told).setdefault(layout, name)
         if not fits[layout]:
             self._misfit(adapter, name, update, info)
         elif self._rank_fits(adapter, update, A[0], None):
@@ -228,6 +234,29 @@ class _Placing:
                 self._bias(adapter, name.removesuffix("weight") + "bias", update.bias, c, out)
         if update.embedding and update.bias is not None:
             self.faults.append(f"{adapter.path}: tensor '{update.bias}' is a bias of an embedding, which has none.")
+
+    def _usual_layout(self, adapter: Adapter, name: str, update: Update) -> Layout:
+        """How a layer is stored where its shape does not tell: as all blocks of its class are, else as the adapter's config says.
+
+        What PEFT writes there is a setting of the last layer that it has met: of no use where one model has both kinds.
+        """
+        if update.embedding:
+            return "transposed"
+        if naming.is_transposed(self.base.config):
+            return "transposed" if layer_of(name) is not None else "plain"
+        return "transposed" if adapter.config.fan_in_fan_out else "plain"
+
+    def _warn_of_squares(self, adapter: Adapter) -> None:
+        """Square layers are laid as the config says, and other layers are stored the other way round."""
+        if naming.is_transposed(self.base.config):
+            return
+        for layout, name in self._square.items():
+            others = [other for way, other in self._told.items() if way != layout]
+            if others and layout not in self._told:
+                self.warnings.append(
+                    f"{adapter.path}: '{name}' is square, so its shape does not tell how it is stored; it is taken as fan_in_fan_out says, "
+                    f"but '{others[0]}' is stored the other way round. Check fan_in_fan_out in adapter_config.json."
+                )
 
     def _bias(self, adapter: Adapter, name: str, key: str, c: float, size: int) -> None:
         if name not in self.names:
