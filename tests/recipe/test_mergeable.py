@@ -142,8 +142,10 @@ def test_every_model_is_compared_with_the_first(tmp_path: Path) -> None:
     assert [warning.split(" has ")[0] for warning in warnings_of(checkpoints)] == [f"{tmp_path}/b", f"{tmp_path}/d"]
 
 
-def test_a_model_without_config_says_nothing(tmp_path: Path) -> None:
+def test_a_model_without_config_is_compared_with_none_and_gives_none(tmp_path: Path) -> None:
     a, bare = written(tmp_path / "a", rope_scaling={"type": "linear", "factor": 2}), written(tmp_path / "bare")
     (tmp_path / "bare" / "config.json").unlink()
     assert json.loads((tmp_path / "a" / "config.json").read_text())["rope_scaling"]
-    assert warnings_of([a, bare]) == warnings_of([bare, a]) == []
+    assert warnings_of([a, bare]) == []
+    [said] = warnings_of([bare, a])
+    assert said == f"{tmp_path}/bare has no config.json, so the output has none. Put one there, or name another model first."

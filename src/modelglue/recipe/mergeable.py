@@ -41,6 +41,8 @@ def check_architectures(checkpoints: Sequence[Checkpoint]) -> None:
 def warnings_of(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """What does not forbid a merge but changes what it means: of each model, and where models differ. The output takes after the first."""
     found = [warning for checkpoint in checkpoints for warning in checkpoint.warnings]
+    if not checkpoints[0].config and any(checkpoint.config for checkpoint in checkpoints):
+        found.append(f"{label_of(checkpoints[0])} has no config.json, so the output has none. Put one there, or name another model first.")
     return found + different_functions(checkpoints, [label_of(checkpoint) for checkpoint in checkpoints])
 
 
