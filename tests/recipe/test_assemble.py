@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import modelglue
 from modelglue.checkpoint import Checkpoint, TensorsCheckpoint, save
-from modelglue.errors import MergeError, RecipeError
+from modelglue.errors import MergeError, RecipeError, UserError
 from modelglue.recipe import build, build_with_warnings, check, read_recipe
 from tests.recipe.on_disk import WORDS, write_model, write_recipe
 from tests.zoo.models import CONFIG, tensors
@@ -141,6 +141,33 @@ def test_a_number_of_layers_that_the_config_leaves_to_a_default_is_written() -> 
     assert merged(stack([0, 1], [1, 2]), opened).config["text_config"] == text
 
 
+def test_layers_that_the_config_of_the_output_does_not_fit_are_said() -> None:
+    wide = {name: value.repeat(2, 1) if "up_proj" in name else value for name, value in tensors(2).items()}
+    opened = models(a=tensors(1), wide=wide)
+    said = (
+        "'model.layers.1.mlp.up_proj.weight' has shape [20, 6], in a it has [10, 6]; the config of a, which the output takes, does not fit."
+    )
+    part = [{"models": [{"model": name, "layers": [0, 1]}]} for name in ("a", "wide")]
+    assert found_odd({"method": "passthrough", "slices": part}, opened) == (f"<recipe>: slices[1]: tensor {said}",)
+    other = {"method": "passthrough", "base": "a", "slices": [{"models": [{"model": "wide", "layers": [0, 2]}]}]}
+    [odd] = found_odd(other, opened)
+    assert "(and 1 more tensors differ); the config of a, which the output takes, does not fit." in odd
+    assert found_odd({"method": "passthrough", "slices": [part[0], part[0]]}, opened) == ()
+
+
+def test_a_base_that_gives_only_its_config_is_one_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe in the output names it by its path from there, and it is not written over."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "a")):
+        write_model(tmp_path / name, seed, note=name)
+    value = {"method": "passthrough", "base": "base", "slices": [{"models": [{"model": "a", "layers": [0, 2]}]}]}
+    save(modelglue.merge(value), tmp_path / "deep" / "out")
+    again = modelglue.merge(tmp_path / "deep" / "out" / "modelglue_recipe.yaml")
+    assert again.config == modelglue.open("base").config
+    with pytest.raises(UserError, match="which is read here"):
+        save(again, tmp_path / "base", overwrite=True)
+
+
 def test_layers_that_are_not_numbered_without_a_gap_are_none() -> None:
     """Said wherever the layers would count: of slices, and of gradients, which would take their first number everywhere."""
     pruned = {name: value for name, value in tensors(1, layers=3).items() if "layers.1." not in name}
@@ -199,11 +226,16 @@ def test_filters_that_match_nothing_are_said(tmp_path: Path) -> None:
 # -- modules ------------------------------------------------------------------------------------------------------------------------
 
 
-def t5(seed: int = 0) -> TensorsCheckpoint:
+def t5(seed: int = 0, depths: tuple[int, int] = (2, 3)) -> TensorsCheckpoint:
     generator = torch.Generator().manual_seed(seed)
-    names = [f"{tower}.block.{n}.layer.0.SelfAttention.q.weight" for tower, count in (("encoder", 2), ("decoder", 3)) for n in range(count)]
+    names = [
+        f"{tower}.block.{n}.layer.0.SelfAttention.q.weight"
+        for tower, count in zip(("encoder", "decoder"), depths, strict=True)
+        for n in range(count)
+    ]
     names += ["shared.weight", "encoder.final_layer_norm.weight", "decoder.final_layer_norm.weight", "lm_head.weight"]
-    config = {"is_encoder_decoder": True, "num_layers": 2, "num_decoder_layers": 3, "architectures": ["T5"], "dtype": "float32"}
+    numbers = {"num_layers": depths[0], "num_decoder_layers": depths[1]}
+    config = {"is_encoder_decoder": True, **numbers, "architectures": ["T5"], "dtype": "float32"}
     return TensorsCheckpoint({name: torch.randn(4, 2, generator=generator) for name in names}, config, label=f"t{seed}")
 
 
@@ -224,6 +256,23 @@ def test_modules_are_merged_each_and_what_is_not_mentioned_is_copied() -> None:
     assert found.names() == opened["t0"].names()
     assert found.config == {**opened["t0"].config, "dtype": "bfloat16"}
     assert found_odd(value, opened) == ("<recipe>: modules: does not say what becomes of 'decoder'; it is copied from t0.",)
+
+
+def test_a_deeper_module_of_another_model_counts_its_layers() -> None:
+    """The config is the first model's, the encoder is not: loaders would leave out what lies beyond the number that they read."""
+    opened = {"t0": t5(0), "t1": t5(1, depths=(4, 3))}
+    value = {
+        "method": "linear",
+        "modules": {
+            "decoder": {"models": [{"model": "t0", "weight": 1}]},
+            "encoder": {"models": [{"model": "t1", "weight": [0, 3]}], "parameters": {"normalize": False}},
+        },
+    }
+    found = merged(value, opened)
+    assert (found.config["num_layers"], found.config["num_decoder_layers"]) == (4, 3)
+    name = "encoder.block.{}.layer.0.SelfAttention.q.weight"
+    for number in range(4):  # a gradient over the layers that there are
+        torch.testing.assert_close(found.tensor(name.format(number)), number * opened["t1"].tensor(name.format(number)))
 
 
 def test_modules_may_be_cut_into_slices() -> None:

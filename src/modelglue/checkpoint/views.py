@@ -95,7 +95,8 @@ class RenamedCheckpoint(Checkpoint):
 class JoinedCheckpoint(Checkpoint):
     """Several checkpoints side by side, each under its prefix ("" for none). Config and files come from the first unless they are given.
 
-    `description` is the recipe that `describe` answers with, where the parts come from one.
+    `description` is the recipe that `describe` answers with, where the parts come from one; `donors` are what config and files were taken
+    from, and are sources like the parts.
     """
 
     def __init__(
@@ -105,12 +106,14 @@ class JoinedCheckpoint(Checkpoint):
         description: Mapping[str, Any] | None = None,
         *,
         files: Mapping[str, SideFile] | None = None,
+        donors: Sequence[Checkpoint] = (),
     ) -> None:
         if not parts:
             raise CheckpointError("nothing to join: at least one checkpoint is needed.")
         self._parts = tuple(parts.items() if isinstance(parts, Mapping) else parts)
         self._description = description
         self._files = files
+        self._donors = tuple(donors)
         self._where: dict[str, tuple[Checkpoint, str]] = {}
         for prefix, part in self._parts:
             for name in part.names():
@@ -124,7 +127,7 @@ class JoinedCheckpoint(Checkpoint):
         return tuple(sorted(self._where))
 
     def sources(self) -> Sequence[Checkpoint]:
-        return [source for _, part in self._parts for source in part.sources()]
+        return [source for one in (*self._donors, *(part for _, part in self._parts)) for source in one.sources()]
 
     def origins(self, name: str) -> Sequence[tuple[Checkpoint, str]]:
         part, old = self._find(name)

@@ -125,7 +125,9 @@ class _Assembly:
         if [piece.whole for piece in planned.pieces] == [True]:
             return self._merged(planned.pieces[0], self._donor_of_dtypes(), description)
         parts = [self._merged(piece, None, None) for piece in planned.pieces]
-        joined = JoinedCheckpoint([("", one) for one in [*parts, *map(self._stored, planned.copied)]], donor.config, description)
+        joined = JoinedCheckpoint(
+            [("", one) for one in [*parts, *map(self._stored, planned.copied)]], donor.config, description, donors=[donor]
+        )
         return dressed(joined, config=self._dtype_field(joined, donor), files=replacing(joined, donor))
 
     def _dtype_field(self, output: Checkpoint, donor: Checkpoint) -> dict[str, Any]:
@@ -173,4 +175,4 @@ class _Assembly:
         found, odd = put_into(whole, into.part, merged, rest, label, aligned=aligned, layers=layers)
         self._context.warnings += odd
         config = {**found.config, **self._dtype_field(found, whole)}
-        return JoinedCheckpoint([("", found)], config, written_out(self._recipe), files=found.files)
+        return JoinedCheckpoint([("", found)], config, written_out(self._recipe), files=found.files, donors=[whole])

@@ -86,6 +86,11 @@ class Tower:
         part = name[len(self.stack) + 1 :].split(".", 1)[0]
         return int(part) if part.isdecimal() else None
 
+    def general(self, name: str) -> str:
+        """A name without the number of its layer; the same for that tensor in every layer."""
+        number = self.number_of(name)
+        return name if number is None or self.stack is None else f"{self.stack}.*{name[len(self.stack) + 1 + len(str(number)) :]}"
+
     def position_of(self, name: str) -> float:
         """0 for the first layer, 1 for the last; 0 outside the layers."""
         number = self.number_of(name)

@@ -57,6 +57,7 @@ class _Planner:
         self._method = method
         self._towers: dict[int, tuple[Tower, ...]] = {}
         self._renumbered: set[str] = set()
+        self._shapes: dict[int, dict[str, set[tuple[int, ...]]]] = {}
         self.out = Plan()
 
     def run(self) -> None:
@@ -134,17 +135,23 @@ class _Planner:
             return
         if tower is not None:
             found = [self._tower_in(model, tower, module) for model in models]
-            models = [
-                RenamedCheckpoint(model, {name: name for name in one.names})
-                for model, one in zip(models, found, strict=True)
-                if one is not None
-            ]
+            towers = [one for one in found if one is not None]
+            if len(towers) < len(found):
+                return
+            models = [RenamedCheckpoint(model, {name: name for name in one.names}) for model, one in zip(models, towers, strict=True)]
+            self._take_the_place_of(tower, towers[0], models[-1 if base is not None else 0], stretch)
         levels = _levels(stretch)
         one = {name: Spot() for name in models[0].names()[:1]}
-        spots = one if levels.constant else self._spots(models, tower, stretch.place, levels.graded)
+        spots = one if levels.constant else self._spots(models, towers[0] if tower is not None else None, stretch.place, levels.graded)
         values = self._evaluated(stretch, levels, spots)
         count = len(stretch.models)
         self.out.pieces.append(Piece(stretch, models[:count], models[count] if base is not None else None, values, tower is None))
+
+    def _take_the_place_of(self, tower: Tower, new: Tower, source: Checkpoint, stretch: Stretch) -> None:
+        """A whole tower of other models replaces the donor's: its size is compared, its number of layers counts."""
+        self._warn_of_sizes(stretch, source, tower)
+        if new.count != tower.count:
+            self._configure(tower, [LayerSource(source.config, number) for number in range(new.count)])
 
     def _same_depth(self, stretch: Stretch, models: Sequence[Checkpoint], labels: Sequence[str], tower: Tower | None, module: str) -> bool:
         """Whether all models have as many layers; looked at where their tensors differ."""
@@ -187,12 +194,34 @@ class _Planner:
             values = self._evaluated(stretch, _levels(stretch), part.spots)
             self.out.pieces.append(Piece(stretch, part.models, part.base, values, False))
             self._renumbered.update(part.spots)
+            self._warn_of_sizes(stretch, part.base or part.models[0], tower)
             layers += part.layers
+        self._configure(tower, layers)
+
+    def _configure(self, tower: Tower, layers: Sequence[LayerSource]) -> None:
+        """What the donor's config must say of a tower that now has these layers."""
         config = self._inputs.view(self._inputs.donor).config
         fields, warnings = layer_fields(config, tower, "text" if tower.name == DEFAULT else tower.kind, layers)
         self.out.fields.append(fields)
         for text in warnings:
             self._warn(("slices",) if self._recipe.slices else ("modules",), text)
+
+    def _warn_of_sizes(self, stretch: Stretch, source: Checkpoint, tower: Tower) -> None:
+        """Tensors of another size than those of the model whose config the output takes."""
+        if id(tower) not in self._shapes:
+            donor = self._inputs.view(self._inputs.donor)
+            found: dict[str, set[tuple[int, ...]]] = {}
+            self._shapes[id(tower)] = found
+            for name in tower.names:
+                found.setdefault(tower.general(name), set()).add(donor.info(name).shape)
+        known = self._shapes[id(tower)]
+        odd = [name for name in source.names() if source.info(name).shape not in known.get(tower.general(name), {source.info(name).shape})]
+        if odd:
+            shape, own = list(source.info(odd[0]).shape), " or ".join(str(list(one)) for one in sorted(known[tower.general(odd[0])]))
+            more = f" (and {len(odd) - 1} more tensors differ)" if len(odd) > 1 else ""
+            label = label_of_input(self._inputs.donor)
+            said = f"tensor '{odd[0]}' has shape {shape}, in {label} it has {own}{more}; "
+            self._warn(stretch.place, f"{said}the config of {label}, which the output takes, does not fit.")
 
     def _runs(self, stretch: Stretch, tower: Tower, module: str) -> tuple[list[Run], Run | None] | None:
         """The layers that every model of a slice gives, and those of the base; None where one cannot."""
