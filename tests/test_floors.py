@@ -42,7 +42,7 @@ BESIDE = {"testing": 2}
 #: the door, and what `python -m modelglue` runs; the door imports nothing before it is asked
 DOOR = {"", "__main__"}
 #: modules that import by a name that they compute
-COMPUTED = {"modelglue", "modelglue.methods.registry", "modelglue.checkpoint.compiled"}
+COMPUTED = {"modelglue", "modelglue.methods.registry", "modelglue.checkpoint.compiled", "modelglue.evaluation.function"}
 
 #: what the files of floor 2 may import of ours. A method: the registry, and arithmetic that methods share.
 REGISTRY_NEEDS = {"modelglue.errors", "modelglue.checkpoint"}

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from cyclopts import App
 
 import modelglue
 from modelglue.cli.app import COMMANDS
@@ -56,8 +57,9 @@ def test_the_help_of_a_command_is_its_docstring(run: Run, command: str) -> None:
     found = run(command, "--help")
     assert (found.code, found.err) == (0, "")
     module, _, function = COMMANDS[command][0].partition(":")
-    doc = inspect.getdoc(getattr(import_module(module), function))
-    assert doc is not None
+    target = getattr(import_module(module), function)
+    doc = target.help if isinstance(target, App) else inspect.getdoc(target)  # search is a list of commands itself
+    assert doc
     flat = " ".join(found.out.replace("│", " ").split())
     for paragraph in doc.partition("Parameters\n---")[0].strip().split("\n\n"):
         assert " ".join(paragraph.replace("`", "").split()) in flat

@@ -124,7 +124,7 @@ def test_a_second_call_scores_nothing(run: Run, tasks: Path, mixture: Path, tmp_
     first = run(*command)
     with ScoreStore(tmp_path / "s.sqlite") as store:
         assert store.counts() == (2, 24)
-    monkeypatch.setattr("modelglue.evaluation.candidates.load_live", None)
+    monkeypatch.setattr("modelglue.evaluation.resident.load_live", None)
     monkeypatch.setattr("modelglue.mixture.runtime.load_live", None)
     assert run(*command) == first
     assert run(*command[:1], *command[2:]).code == 0

@@ -1,4 +1,4 @@
-"""`modelglue search`: a search over tiny models from its file to a written model, gone on with, reported, exported, and files of other tools."""
+"""Searches on the command line: real candidates of a tiny model, run, resumed, reported, exported; files of other tools."""
 
 from __future__ import annotations
 

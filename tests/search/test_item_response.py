@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from modelglue.errors import UserError
@@ -77,6 +77,7 @@ def test_the_fitted_ability_is_the_likeliest(dimensions: int, seed: int) -> None
     y = answers(items, generator.normal(size=dimensions), seed + 1)
     found = fit_ability(y, items)
     best = negative_log_likelihood(y, items, found)
+    assume(best > 0.1)  # below, the answers can be separated, the likelihood has no maximum, and a prior decides
     for _ in range(20):
         assert best <= negative_log_likelihood(y, items, found + generator.normal(0, 0.3, dimensions)) + 1e-7
 
