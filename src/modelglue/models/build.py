@@ -48,9 +48,11 @@ def _named_class(config: Mapping[str, Any], parsed: Any) -> Any:
 
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    fits = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and found.config_class is not None
-    return found if fits and isinstance(parsed, found.config_class) else None
+    found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        return None
+    wanted = getattr(found, "config_class", None)
+    return found if wanted is not None and isinstance(parsed, wanted) else None
 
 
 def _without_initialisation() -> AbstractContextManager[Any]:
