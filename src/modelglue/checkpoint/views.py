@@ -114,17 +114,18 @@ class JoinedCheckpoint(Checkpoint):
         self._description = description
         self._files = files
         self._donors = tuple(donors)
-        self._where: dict[str, tuple[Checkpoint, str]] = {}
+        where: dict[str, tuple[Checkpoint, str]] = {}
         for prefix, part in self._parts:
             for name in part.names():
-                if prefix + name in self._where:
+                if prefix + name in where:
                     raise CheckpointError(f"joining under '{prefix}' would make a second tensor '{prefix + name}'.")
-                self._where[prefix + name] = (part, name)
+                where[prefix + name] = (part, name)
+        self._where = {name: where[name] for name in sorted(where)}
         self._first = self._parts[0][1]
         self._config = self._first.config if config is None else config
 
     def names(self) -> Sequence[str]:
-        return tuple(sorted(self._where))
+        return tuple(self._where)
 
     def sources(self) -> Sequence[Checkpoint]:
         return [source for one in (*self._donors, *(part for _, part in self._parts)) for source in one.sources()]
@@ -186,7 +187,8 @@ class JoinedCheckpoint(Checkpoint):
 
     @property
     def stamp(self) -> str:
-        return _digest([[(prefix, part.stamp) for prefix, part in self._parts], dict(self._config), self._side_files()])
+        parts = [(prefix, part.stamp) for prefix, part in self._parts]
+        return _digest([parts, dict(self._config), self._side_files(), [donor.stamp for donor in self._donors]])
 
     def describe(self) -> dict[str, Any]:
         if self._description is not None:
