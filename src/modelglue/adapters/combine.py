@@ -6,12 +6,13 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from modelglue.adapters.arithmetic import MajoritySign, combined, weighted_sum
 from modelglue.adapters.low_rank import truncated_product, truncated_svd
+from modelglue.adapters.made import SIDES, Made, finite
 from modelglue.adapters.written import adapter_config, write_adapter
 from modelglue.checkpoint import torch_dtype
 from modelglue.checkpoint.adapter import Adapter, Factors
@@ -28,7 +29,6 @@ Mode = Literal[
     "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd",
 ]  # fmt: skip
 MODES: tuple[str, ...] = get_args(Mode)
-_SIDES = ("lora_A", "lora_B")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def combine(
     settings = _Settings(
         mode, 1.0 if density is None else density, majority_sign, rank, svd_clamp, uniform_source or CounterHash(seed)
     )  # fmt: skip
-    made = _Made(torch_dtype(dtype))
+    made = Made(torch_dtype(dtype))
     for module in sorted({name for adapter in adapters for name in adapter.updates}):
         _combine_module(module, adapters, weights, settings, made)
     made.keep_replaced(adapters)
@@ -186,68 +186,7 @@ def _rank(adapters: Sequence[Adapter], mode: str, svd_rank: int | None) -> int:
     return ranks[0]
 
 
-@dataclass
-class _Made:
-    """The adapter as it grows."""
-
-    dtype: torch.dtype
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    modules: list[str] = field(default_factory=list)
-    lora_bias: bool = False
-    saved: list[str] = field(default_factory=list)
-    tokens: dict[str, Sequence[int]] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-    def add(self, module: str, A: torch.Tensor, B: torch.Tensor, rank: int, embedding: bool) -> None:
-        """The factors, with zeros up to the one rank that the config gives all modules."""
-        import torch
-
-        self.modules.append(module)
-        A = torch.cat([A, A.new_zeros(rank - A.shape[0], A.shape[1])]).to(self.dtype)
-        B = torch.cat([B, B.new_zeros(B.shape[0], rank - B.shape[1])], 1).to(self.dtype)
-        for side, values in zip(_SIDES, (A, B), strict=True):
-            name = f"lora_embedding_{side[-1]}" if embedding else f"{side}.weight"
-            self.tensors[f"{PREFIX}{module}.{name}"] = _finite(values, module).contiguous()
-
-    def keep_replaced(self, adapters: Sequence[Adapter]) -> None:
-        """What adapters replace is kept, as it is, unless two replace one thing by different values."""
-        faults: list[str] = []
-        for adapter in adapters:
-            for name, key in adapter.replaced.items():
-                embedding = adapter.updates.get(name.rpartition(".")[0])
-                inside = "base_layer." if embedding is not None else ""
-                module, _, parameter = name.rpartition(".")
-                if embedding is None and (other := next((one for one in adapters if module in one.updates), None)) is not None:
-                    faults.append(
-                        f"{adapter.path}: replaces '{name}', which {other.path} updates; these cannot be combined. "
-                        "Merge adapted models instead."
-                    )
-                    continue
-                self._keep(f"{PREFIX}{module}.{inside}{parameter}", name, adapter, key, faults)
-            for module, key in adapter.tokens.items():
-                rows = adapter.config.tokens(module)
-                if rows is None or self.tokens.setdefault(module, rows) != rows:
-                    faults.append(f"{adapter.path}: trains tokens of '{module}' that another adapter does not, or does not say which.")
-                    continue
-                self._keep(f"{PREFIX}{module}.token_adapter.trainable_tokens_delta", f"rows of {module}", adapter, key, faults)
-        if faults:
-            raise MergeError("\n".join(faults))
-
-    def _keep(self, key: str, name: str, adapter: Adapter, own_key: str, faults: list[str]) -> None:
-        import torch
-
-        values = adapter.tensor(own_key)
-        if key in self.tensors and not torch.equal(self.tensors[key], values):
-            faults.append(
-                f"{adapter.path}: replaces '{name}', and so does another adapter, by other values; these cannot be combined. "
-                "Merge adapted models instead."
-            )
-        elif key not in self.tensors:
-            self.tensors[key] = values
-            self.saved.append(f"'{name}'")
-
-
-def _combine_module(module: str, adapters: Sequence[Adapter], weights: Sequence[float], settings: _Settings, made: _Made) -> None:
+def _combine_module(module: str, adapters: Sequence[Adapter], weights: Sequence[float], settings: _Settings, made: Made) -> None:
     """The combination of one module, from the adapters that have it."""
     having = [
         (adapter, weight, stream)
@@ -278,18 +217,7 @@ def _combine_module(module: str, adapters: Sequence[Adapter], weights: Sequence[
     ]
     if biases:
         made.lora_bias = True
-        made.tensors[f"{PREFIX}{module}.lora_B.bias"] = _finite(weighted_sum(*map(list, zip(*biases, strict=True))).to(made.dtype), module)
-
-
-def _finite(values: torch.Tensor, module: str) -> torch.Tensor:
-    import torch
-
-    if not bool(torch.isfinite(values).all()):
-        raise MergeError(
-            f"the combined update of '{module}' does not fit {str(values.dtype).removeprefix('torch.')}. "
-            "Look at the weights and at the adapters' scales, or store float32."
-        )
-    return values
+        made.tensors[f"{PREFIX}{module}.lora_B.bias"] = finite(weighted_sum(*map(list, zip(*biases, strict=True))).to(made.dtype), module)
 
 
 def _side_by_side(found: Sequence[Factors], scaled: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -308,7 +236,7 @@ def _by_factor(
         raise MergeError(f"{settings.mode}: the updates of '{module}' have different ranks ({sorted(ranks)}). Use cat or svd.")
     roots = [math.sqrt(abs(c)) for c in scaled]
     results = []
-    for side in _SIDES:
+    for side in SIDES:
         tensors = [factors.A if side == "lora_A" else factors.B for factors in found]
         weights = [math.copysign(root, c) if side == "lora_A" else root for root, c in zip(roots, scaled, strict=True)]
         results.append(_operated(settings.mode, f"{module}.{side}", tensors, weights, streams, settings))
@@ -325,7 +253,7 @@ def _decomposed(
         best = truncated_product(lefts, [factors.A for factors in found], settings.rank)
     else:  # a clamp depends on the signs of singular vectors, which are the library's only if the same matrix is decomposed
         deltas = [(factors.B @ factors.A) * factors.scale for factors in found]
-        merged = _finite(_operated(operation, module, deltas, weights, streams, settings), module)
+        merged = finite(_operated(operation, module, deltas, weights, streams, settings), module)
         best = truncated_svd(merged, max_rank=settings.rank, exact=True)
     A, B = best.V.T, best.U * best.s
     if settings.clamp is not None:
