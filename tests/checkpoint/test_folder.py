@@ -534,3 +534,21 @@ def test_pickled_checkpoint_maps_the_files_itself(tmp_path: Path) -> None:
     data = pickle.dumps(checkpoint)
     assert len(data) < 3000
     assert torch.equal(pickle.loads(data).tensor("b"), B["b"])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE", "chat_template.jinja"])
+def test_side_file_that_is_a_link_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    """A stranger's folder must not make an output carry away a file of the reader's own."""
+    folder = write_single(tmp_path / "model", A)
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    (folder / name).symlink_to(secret)
+    with pytest.raises(CheckpointError, match="is a link that leaves the folder, to .*secret. Put the file itself there"):
+        _ = open_folder(folder).files
+
+
+def test_side_file_that_is_a_link_inside_the_folder(tmp_path: Path) -> None:
+    folder = write_single(tmp_path / "model", A)
+    (folder / "license.real").write_text("mine")
+    (folder / "LICENSE").symlink_to("license.real")
+    assert dict(open_folder(folder).files) == {"LICENSE": folder / "LICENSE"}

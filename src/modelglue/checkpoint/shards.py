@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from modelglue.checkpoint.confined import leads_out
 from modelglue.checkpoint.header import MAX_HEADER_BYTES, is_text, parse_object, shown
 from modelglue.errors import CheckpointError
 
-#: in the hub's cache a model is <repository>/snapshots/<revision>, and its files are links to <repository>/blobs
-_SHARED_BLOBS = "blobs"
 _LONGEST_NAME = 255
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<rest>(\.\w+)+)")
 
@@ -152,12 +151,6 @@ def _inside(folder: Path, name: str, index: Path, form: WeightFormat) -> Path:
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"{index}: names the shard '{name}', which does not exist. Fetch the model again.")
-    real, home = path.resolve(), folder.resolve()
-    if not real.is_relative_to(home) and real.parent not in _blobs_of(home):
-        raise CheckpointError(f"{index}: the shard '{name}' is a link that leaves the folder, to {real}.")
+    if (elsewhere := leads_out(folder, path)) is not None:
+        raise CheckpointError(f"{index}: the shard '{name}' is a link that leaves the folder, to {elsewhere}.")
     return path
-
-
-def _blobs_of(home: Path) -> list[Path]:
-    """Where the hub's cache keeps the files of a snapshot: two folders up, or three for a component of a pipeline."""
-    return [(parent.parent / _SHARED_BLOBS).resolve() for parent in home.parents[:2] if parent.name == "snapshots"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from modelglue.checkpoint.confined import leads_out
 from modelglue.checkpoint.protocol import SideFile
 from modelglue.errors import CheckpointError
 
@@ -26,12 +27,17 @@ _LARGEST_CONFIG = 100_000_000
 def side_files(folder: Path) -> dict[str, SideFile]:
     """The files beside the weights that an output needs: name -> path.
 
-    The folder's Python files are among them where a config has an `auto_map`; they are copied byte for byte and never run.
+    The folder's Python files are among them where a config has an `auto_map`; they are copied byte for byte and never run. CheckpointError
+    for a link that leads out of the folder: an output must not carry away what a stranger's folder points to.
     """
     found = [folder / name for name in SIDE_FILES]
     if any(_names_code(folder / name) for name in _MAY_NAME_CODE):
         found += sorted(folder.glob("*.py"))
-    return {file.name: file for file in found if file.is_file()}
+    present = [file for file in found if file.is_file()]
+    for file in present:
+        if (elsewhere := leads_out(folder, file)) is not None:
+            raise CheckpointError(f"{file}: is a link that leaves the folder, to {elsewhere}. Put the file itself there.")
+    return {file.name: file for file in present}
 
 
 def _names_code(path: Path) -> bool:
