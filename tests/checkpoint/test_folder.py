@@ -543,7 +543,7 @@ def test_side_file_that_is_a_link_out_of_the_folder(tmp_path: Path, name: str) -
     secret = tmp_path / "secret"
     secret.write_text("secret")
     (folder / name).symlink_to(secret)
-    with pytest.raises(CheckpointError, match="is a link that leaves the folder, to .*secret. Put the file itself there"):
+    with pytest.raises(CheckpointError, match=r"is a link that leaves the folder, to .*secret\. Put the file itself there"):
         _ = open_folder(folder).files
 
 
