@@ -99,7 +99,10 @@ def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
 
 
 def kill_one(method: str, models: list[Path], folder: Path, dice: random.Random) -> tuple[int, int]:
-    """Three attempts on one output, and a last one that is left alone: how many were killed, and how many found work of an earlier one."""
+    """Up to three attempts on one output, and a last one that is left alone: how many were killed, and whether one told of earlier work.
+
+    Who goes on has little left to do, and is often done, but not ended, when it is killed: then it tells nobody.
+    """
     reference, out = folder / "reference" / "out", folder / "victim" / "out"
     process = start(method, reference, models)
     began = time.monotonic()
@@ -109,7 +112,7 @@ def kill_one(method: str, models: list[Path], folder: Path, dice: random.Random)
     assert len([name for name in expected if name.endswith(".safetensors")]) == 4
     kills = 0
     went_on = False
-    for _ in range(3):
+    for _ in range(dice.randint(1, 3)):
         process = start(method, out, models)
         moment = dice.uniform(0.05 * duration, 0.5 * duration)  # the rest is the end of the process
         try:
