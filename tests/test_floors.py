@@ -42,12 +42,12 @@ BESIDE = {"testing": 2}
 #: the door, and what `python -m modelglue` runs; the door imports nothing before it is asked
 DOOR = {"", "__main__"}
 #: modules that import by a name that they compute
-COMPUTED = {"modelglue", "modelglue.methods.registry", "modelglue.checkpoint.compiled", "modelglue.evaluation.function"}
+COMPUTED = {"modelglue", "modelglue.methods.registry", "modelglue.checkpoint.engine.compiled", "modelglue.evaluation.function"}
 
 #: what the files of floor 2 may import of ours. A method: the registry, and arithmetic that methods share.
 REGISTRY_NEEDS = {"modelglue.errors", "modelglue.checkpoint"}
 SHARED_ARITHMETIC_NEEDS = {
-    "modelglue.settings", "modelglue.checkpoint.compiled.chunk_function", "modelglue.checkpoint.engine.SURVEY_ELEMENTS",
+    "modelglue.settings", "modelglue.checkpoint.engine.compiled.chunk_function", "modelglue.checkpoint.engine.arithmetic.SURVEY_ELEMENTS",
 }  # fmt: skip
 
 HEAVY = ("torch", "transformers", "lm_eval", "datasets", "huggingface_hub", "scipy")
@@ -201,8 +201,8 @@ def test_imports_point_downwards() -> None:
         ("modelglue.search.select", "modelglue.zoo.Similarity", False),
         ("modelglue.search.select", "modelglue.search.ranking", True),
         ("modelglue.search.select", "modelglue.glue", False),
-        ("modelglue.checkpoint.writer", "modelglue.methods.get", False),
-        ("modelglue.checkpoint.writer", "modelglue", False),
+        ("modelglue.checkpoint.output.writer", "modelglue.methods.get", False),
+        ("modelglue.checkpoint.output.writer", "modelglue", False),
         ("modelglue.report.page", "modelglue.__version__", True),
         ("modelglue.settings", "modelglue.errors.UserError", True),
         ("modelglue.errors", "modelglue.checkpoint.save", False),

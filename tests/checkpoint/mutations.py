@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modelglue.checkpoint import DiskCheckpoint
-from modelglue.checkpoint.opening import open_folder
+from modelglue.checkpoint.formats.opening import open_folder
 from modelglue.errors import CheckpointError
 from tests.checkpoint.files import weight_file
 from tests.checkpoint.torch_files import stream_file, tensor, text, zip_file

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from modelglue.checkpoint import MergedCheckpoint, SafetensorsCheckpoint, TensorsCheckpoint
-from modelglue.checkpoint.card import model_card
+from modelglue.checkpoint.output.card import model_card
 from modelglue.methods import get
 from tests.checkpoint.files import write_single
 

@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelglue.checkpoint import MergedCheckpoint, TensorsCheckpoint, compiled, save, uniform
-from modelglue.checkpoint.compiled import ChunkFunction, chunk_function, find, using
+from modelglue.checkpoint import MergedCheckpoint, TensorsCheckpoint, save
+from modelglue.checkpoint.engine import compiled, uniform
+from modelglue.checkpoint.engine.compiled import ChunkFunction, chunk_function, find, using
 from modelglue.errors import UserError
 from modelglue.methods import _task_vectors, all_methods
 from modelglue.testing.conformance import example_models, merged, parameter_sets
@@ -302,7 +303,7 @@ def test_prepare_finds_the_code_in_the_cache(method: str, table: Mapping[str, st
 @compiler
 def test_saved_bytes_are_the_same_from_compiled_code(table: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELGLUE_CACHE", str(Path(next(iter(table.values()))).parents[1]))
-    monkeypatch.setattr("modelglue.checkpoint.plan.TASK_ELEMENTS", 1000)
+    monkeypatch.setattr("modelglue.checkpoint.output.plan.TASK_ELEMENTS", 1000)
     written = []
     for number, (mode, workers) in enumerate([("off", 1), ("on", 1), ("on", 2)]):
         monkeypatch.setenv("MODELGLUE_COMPILE", mode)

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from modelglue.checkpoint import MergedCheckpoint, SafetensorsCheckpoint, TensorsCheckpoint, device, open_checkpoint, plan, save
-from modelglue.checkpoint.device import SIMULATED, Lane, devices_of, lanes_of, pipelined
+from modelglue.checkpoint import MergedCheckpoint, SafetensorsCheckpoint, TensorsCheckpoint, open_checkpoint, save
+from modelglue.checkpoint.engine import device
+from modelglue.checkpoint.engine.device import SIMULATED, Lane, devices_of, lanes_of, pipelined
+from modelglue.checkpoint.output import plan
 from modelglue.errors import MergeError, RunError, UserError
 from modelglue.methods import get
 from tests.checkpoint.files import contents, randn
@@ -50,7 +52,7 @@ def test_simulated_device_gives_equal_bytes(method: str, zoo: Zoo, tmp_path: Pat
 
 def test_two_devices_share_the_tensors(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers that are started afresh, as an accelerator wants it."""
-    monkeypatch.setattr("modelglue.checkpoint.execution.devices_of", lambda text: (SIMULATED, SIMULATED))
+    monkeypatch.setattr("modelglue.checkpoint.output.execution.devices_of", lambda text: (SIMULATED, SIMULATED))
     save(merge_of(zoo, "ties"), tmp_path / "plain", workers=1)
     save(merge_of(zoo, "ties"), tmp_path / "device", device="two", chunk=300)
     assert contents(tmp_path / "device") == contents(tmp_path / "plain")

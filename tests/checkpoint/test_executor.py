@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from modelglue.checkpoint import plan, save
-from modelglue.checkpoint.executor import RayCluster, executor_of
-from modelglue.checkpoint.fill import Filling, fill
+from modelglue.checkpoint import save
+from modelglue.checkpoint.engine.executor import RayCluster, executor_of
+from modelglue.checkpoint.output import plan
+from modelglue.checkpoint.output.fill import Filling, fill
 from modelglue.errors import MergeError, RunError, UserError, WorkerDiedError
 from tests.checkpoint.files import contents
 from tests.checkpoint.merges import merge_of, reopened, write_zoo
@@ -127,7 +128,7 @@ def test_what_a_dead_worker_was_doing_is_done_again(two_workers: Any, tmp_path: 
 @pytest.mark.cluster
 @pytest.mark.filterwarnings("ignore")
 def test_errors_of_workers_arrive_as_they_are(two_workers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelglue.checkpoint.executor._DEATHS", 2)
+    monkeypatch.setattr("modelglue.checkpoint.engine.executor._DEATHS", 2)
     with pytest.raises(MergeError, match=r"^tensor 'w' is bad$"):
         RayCluster(None).run(fail, tmp_path, [1, 2], workers=1, on_done=lambda *_: None)
     with pytest.raises(WorkerDiedError, match=r"2 workers of the cluster died, the last one with: .*the finished part is kept"):

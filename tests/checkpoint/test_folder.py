@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from modelglue.checkpoint import PickledCheckpoint, SafetensorsCheckpoint, TensorsCheckpoint, save, tensor_file
-from modelglue.checkpoint.opening import open_folder
-from modelglue.checkpoint.side_files import SIDE_FILES
+from modelglue.checkpoint.formats.opening import open_folder
+from modelglue.checkpoint.formats.side_files import SIDE_FILES
 from modelglue.errors import CheckpointError
 from tests.checkpoint.files import EIGHT, TWO, randn, weight_file, write_model, write_single
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from modelglue.checkpoint import SafetensorsCheckpoint
-from modelglue.checkpoint.header import MAX_HEADER_BYTES, read_header
+from modelglue.checkpoint.formats.header import MAX_HEADER_BYTES, read_header
 from modelglue.errors import CheckpointError
 from tests.checkpoint.files import EIGHT, TWO, weight_file
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from modelglue.checkpoint import SafetensorsCheckpoint, TensorsCheckpoint
+from modelglue.checkpoint.formats.side_files import TEXT_FILES
 from modelglue.checkpoint.identity import _STEP, tensor_digest
-from modelglue.checkpoint.side_files import TEXT_FILES
 from modelglue.settings import cache_dir
 from tests.checkpoint.files import randn, write_model, write_single
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modelglue.checkpoint import MergedCheckpoint, SafetensorsCheckpoint, TensorsCheckpoint
-from modelglue.checkpoint.licence import Licence, Parent, common_licence, licence_of, licence_warnings, parents
+from modelglue.checkpoint.output.licence import Licence, Parent, common_licence, licence_of, licence_warnings, parents
 from modelglue.methods import get
 from tests.checkpoint.files import write_single
 

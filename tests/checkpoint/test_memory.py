@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from modelglue.checkpoint import Checkpoint, JoinedCheckpoint, MergedCheckpoint, RenamedCheckpoint, SafetensorsCheckpoint, save
-from modelglue.checkpoint.mapped import MAPPED_BYTES
-from modelglue.checkpoint.memory import DEFAULT_BYTES, PROCESS_BYTES, WORKER_BYTES, divide
+from modelglue.checkpoint.engine.workers import run_tasks
+from modelglue.checkpoint.formats.mapped import MAPPED_BYTES
+from modelglue.checkpoint.output.memory import DEFAULT_BYTES, PROCESS_BYTES, WORKER_BYTES, divide
 from modelglue.checkpoint.protocol import TensorInfo
-from modelglue.checkpoint.workers import run_tasks
 from modelglue.errors import UserError
 from modelglue.methods import get
 from tests.checkpoint.files import contents

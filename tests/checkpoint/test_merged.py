@@ -27,7 +27,7 @@ from modelglue.checkpoint import (
     open_checkpoint,
     save,
 )
-from modelglue.checkpoint.engine import SURVEY_ELEMENTS
+from modelglue.checkpoint.engine.arithmetic import SURVEY_ELEMENTS
 from modelglue.errors import CheckpointError, MergeError, RunError
 from modelglue.methods import get
 from tests.checkpoint.files import names_in, randn

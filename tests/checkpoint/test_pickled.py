@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelglue.checkpoint import PickledCheckpoint, open_checkpoint, save
-from modelglue.checkpoint.opening import open_folder
-from modelglue.checkpoint.unpickle import BoundedReader, PickleError, read_pickle
+from modelglue.checkpoint.formats.opening import open_folder
+from modelglue.checkpoint.formats.unpickle import BoundedReader, PickleError, read_pickle
 from modelglue.errors import CheckpointError
 from tests.checkpoint.files import randn
 from tests.checkpoint.torch_files import TENSOR, TWO_FLOATS, WEIGHTS, number, pickle_of, stream_file, tensor, text, write, zip_file
@@ -622,7 +622,7 @@ def test_numbers_that_fall_into_one_place_take_no_time(tmp_path: Path) -> None:
 
 
 def test_a_list_that_is_copied_again_and_again_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelglue.checkpoint.unpickle.MAX_PICKLE_BYTES", 5_000)
+    monkeypatch.setattr("modelglue.checkpoint.formats.unpickle.MAX_PICKLE_BYTES", 5_000)
     pairs = b"](" + b"".join(b"](" + text(str(n)) + b"Ne" for n in range(100)) + b"eq\x010"
     data = b"\x80\x02" + pairs.replace(b"q\x010", b"q\x01") + b"(" + b"ccollections\nOrderedDict\nh\x01\x85R" * 60 + b"t."
     with pytest.raises(PickleError, match="copies the same list again and again"):

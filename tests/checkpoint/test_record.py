@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from modelglue.checkpoint import RECIPE_FILE, RECORD_FILE, SafetensorsCheckpoint, TensorsCheckpoint, identity, journal, plan, save, writer
-from modelglue.checkpoint.fill import Digest, Filling, fill
+from modelglue.checkpoint import RECIPE_FILE, RECORD_FILE, SafetensorsCheckpoint, TensorsCheckpoint, identity, save
+from modelglue.checkpoint.output import journal, plan, writer
+from modelglue.checkpoint.output.fill import Digest, Filling, fill
 from tests.checkpoint.files import randn
 from tests.checkpoint.killing import dying, forked, run_in_child
 from tests.checkpoint.merges import merge_of, reopened, write_zoo

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save as tensor_bytes
 
 from modelglue.checkpoint import PickledCheckpoint, SafetensorsCheckpoint, open_checkpoint, save
-from modelglue.checkpoint.folder import hub_id_of
+from modelglue.checkpoint.formats.folder import hub_id_of
 from modelglue.checkpoint.reference import reference_from, split_reference
 from modelglue.errors import CheckpointError, ModelGlueError, UserError
 from tests.checkpoint.fake_hub import FakeHub, commit_of, serving

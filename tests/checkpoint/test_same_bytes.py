@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from modelglue.checkpoint import MergedCheckpoint, SafetensorsCheckpoint, journal, plan, save
-from modelglue.checkpoint.device import SIMULATED
+from modelglue.checkpoint import MergedCheckpoint, SafetensorsCheckpoint, save
+from modelglue.checkpoint.engine.device import SIMULATED
+from modelglue.checkpoint.output import journal, plan
 from modelglue.methods import all_methods, get
 from modelglue.methods.registry import REQUIRED
 from tests.checkpoint.files import contents

@@ -31,7 +31,7 @@ from modelglue.checkpoint import (
     save,
     torch_dtype,
 )
-from modelglue.checkpoint.card import model_card
+from modelglue.checkpoint.output.card import model_card
 from modelglue.errors import MergeError, UserError
 from modelglue.methods import get
 from tests.checkpoint.files import contents, names_in, write_single
@@ -87,7 +87,7 @@ def test_header_is_padded_to_8_bytes_whatever_its_length() -> None:
 def test_bytes_do_not_depend_on_workers_or_chunks(
     zoo: list[SafetensorsCheckpoint], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelglue.checkpoint.plan.TASK_ELEMENTS", 500)
+    monkeypatch.setattr("modelglue.checkpoint.output.plan.TASK_ELEMENTS", 500)
     expected: dict[str, bytes] | None = None
     for number, (workers, chunk) in enumerate([(1, 2**18), (1, 97), (2, 512), (3, 1000)]):
         out = tmp_path / str(number) / "out"
@@ -158,7 +158,7 @@ shapes = st.lists(st.integers(0, 9), max_size=3)
 def test_plan_gives_every_element_one_aligned_place(tensors: dict[str, tuple[str, list[int]]], shard: int, chunk: int, task: int) -> None:
     checkpoint = TensorsCheckpoint({name: torch.zeros(shape, dtype=torch_dtype(dtype)) for name, (dtype, shape) in tensors.items()})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modelglue.checkpoint.plan.TASK_ELEMENTS", task)
+        patch.setattr("modelglue.checkpoint.output.plan.TASK_ELEMENTS", task)
         plan = plan_output(checkpoint, shard_bytes=shard)
     assert sorted(plan.home) == sorted(tensors)
     for file in plan.shards:

@@ -13,18 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from modelglue.checkpoint import (
-    RECIPE_FILE,
-    Checkpoint,
-    SafetensorsCheckpoint,
-    TensorsCheckpoint,
-    journal,
-    plan,
-    save,
-    staging,
-    writer,
-)
-from modelglue.checkpoint.staging import JOURNAL, LOCK, staged
+from modelglue.checkpoint import RECIPE_FILE, Checkpoint, SafetensorsCheckpoint, TensorsCheckpoint, save
+from modelglue.checkpoint.output import journal, plan, staging, writer
+from modelglue.checkpoint.output.staging import JOURNAL, LOCK, staged
 from modelglue.errors import MergeError, ModelGlueError, RunError, UserError, WorkerDiedError
 from tests.checkpoint.files import contents, names_in, write_single
 from tests.checkpoint.killing import dying, forked, run_in_child

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelglue.checkpoint import uniform
-from modelglue.checkpoint.device import SIMULATED, Lane
-from modelglue.checkpoint.uniform import CounterHash, uniforms
+from modelglue.checkpoint.engine import uniform
+from modelglue.checkpoint.engine.device import SIMULATED, Lane
+from modelglue.checkpoint.engine.uniform import CounterHash, uniforms
 
 _SPAN = 2**31
 starts = st.integers(0, 2**33)

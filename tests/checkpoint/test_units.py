@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelglue.checkpoint import MergedCheckpoint, Round, TensorsCheckpoint
-from modelglue.checkpoint.merge_function import Unit, unit_shape
+from modelglue.checkpoint.engine.merge_function import Unit, unit_shape
 
 Ranges = Sequence[tuple[int, int]]
 
@@ -71,7 +71,7 @@ def test_what_is_held_whole(unit: Unit, shape: tuple[int, ...], part: tuple[int,
 @pytest.mark.parametrize("unit", ["element", "row", "channel", "matrix"])
 @pytest.mark.parametrize("shape", [(6, 4, 3), (7, 5), (9,), ()])
 def test_chunks_are_whole_parts_in_order(unit: Unit, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelglue.checkpoint.engine.SURVEY_ELEMENTS", 26)
+    monkeypatch.setattr("modelglue.checkpoint.engine.arithmetic.SURVEY_ELEMENTS", 26)
     watcher = Watcher(unit)
     values = counting(shape)
     merged = MergedCheckpoint(watcher, [TensorsCheckpoint({"t": values})])

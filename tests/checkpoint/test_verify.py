@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from modelglue.checkpoint import TensorInfo
-from modelglue.checkpoint.verify import read_record, verify
+from modelglue.checkpoint.output.verify import read_record, verify
 from modelglue.errors import CheckpointError, UserError
 from tests.checkpoint.outputs import WEIGHTS, read_raw, write_output, write_record
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from modelglue.checkpoint.workers import run_tasks, single_thread
+from modelglue.checkpoint.engine.workers import run_tasks, single_thread
 from modelglue.errors import MergeError, WorkerDiedError
 
 

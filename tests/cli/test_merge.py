@@ -509,7 +509,7 @@ def test_a_disk_that_fails(
     run: Run, zoo: Path, monkeypatch: pytest.MonkeyPatch, workers: int, number: int, code: int, message: str
 ) -> None:
     """In this process and in forked workers, which inherit the broken disk."""
-    monkeypatch.setattr("modelglue.checkpoint.plan.TASK_ELEMENTS", 50)
+    monkeypatch.setattr("modelglue.checkpoint.output.plan.TASK_ELEMENTS", 50)
 
     def pwrite(descriptor: int, data: Any, offset: int) -> int:
         raise OSError(number, os.strerror(number))
@@ -553,7 +553,7 @@ def test_out_of_memory(run: Run, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @FORKED
 def test_a_worker_that_dies(run: Run, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelglue.checkpoint.plan.TASK_ELEMENTS", 50)
+    monkeypatch.setattr("modelglue.checkpoint.output.plan.TASK_ELEMENTS", 50)
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: os.kill(os.getpid(), signal.SIGKILL))
     found = run("merge", zoo / "recipe.yaml", zoo / "out", "--workers", "2")
     expected = "a worker process died, probably for want of memory. Run it again with fewer --workers; the finished part is kept."

@@ -19,7 +19,7 @@ def test_golden(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     if adapter is None:
         pytest.skip(f"not built yet: {case.path.parent.name}/{case.system}")
     # surveys in pieces as well: golden tensors are smaller than one block
-    monkeypatch.setattr("modelglue.checkpoint.engine.SURVEY_ELEMENTS", 53)
+    monkeypatch.setattr("modelglue.checkpoint.engine.arithmetic.SURVEY_ELEMENTS", 53)
     answer = adapter(case)
     rtol, atol = float(case.metadata["rtol"]), float(case.metadata["atol"])
     expected = case.tensors("expected")

@@ -43,7 +43,7 @@ def test_every_entry_is_the_base_or_the_model_and_few_are_swapped(seed: int) -> 
 
 def test_rows_across_the_chunks_of_the_survey(monkeypatch: pytest.MonkeyPatch) -> None:
     base, model = pair(33, 50, seed=4)
-    monkeypatch.setattr("modelglue.checkpoint.engine.SURVEY_ELEMENTS", 64)
+    monkeypatch.setattr("modelglue.checkpoint.engine.arithmetic.SURVEY_ELEMENTS", 64)
     assert torch.equal(merge("arcee_fusion", [model], base), expected(base, model))
 
 

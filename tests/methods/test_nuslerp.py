@@ -113,7 +113,7 @@ def test_the_names_are_the_wrong_way_round() -> None:
 
 
 def test_columns_are_summed_over_many_chunks_and_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelglue.checkpoint.engine.SURVEY_ELEMENTS", 64)
+    monkeypatch.setattr("modelglue.checkpoint.engine.arithmetic.SURVEY_ELEMENTS", 64)
     one, two = randn(101, 7), randn(101, 7, seed=1)
     found = nuslerp([one, two], [1.0, 2.0], mode="first axis")
     torch.testing.assert_close(found, expected(one, two, 2 / 3, "first axis"), rtol=1e-5, atol=1e-6)

@@ -43,7 +43,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that is 50,000 long is too long: a sample brackets it, and the bracket holds too much to keep."""
     monkeypatch.setattr(_order_statistics, "_SMALL", 100)
     monkeypatch.setattr(_order_statistics, "_SAMPLE_LENGTH", 64)
-    monkeypatch.setattr("modelglue.checkpoint.engine.SURVEY_ELEMENTS", STEP)
+    monkeypatch.setattr("modelglue.checkpoint.engine.arithmetic.SURVEY_ELEMENTS", STEP)
 
 
 @pytest.mark.parametrize("most", [2**22, 0])

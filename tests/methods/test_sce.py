@@ -103,7 +103,7 @@ def test_the_same_selection_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> N
     base, models = family(4001, 8)
     models = [model.bfloat16() for model in models]  # many ties
     whole = merge("sce", models, base.bfloat16(), select_topk=0.3)
-    monkeypatch.setattr("modelglue.checkpoint.engine.SURVEY_ELEMENTS", 129)
+    monkeypatch.setattr("modelglue.checkpoint.engine.arithmetic.SURVEY_ELEMENTS", 129)
     assert torch.equal(merge("sce", models, base.bfloat16(), select_topk=0.3), whole)
 
 

@@ -93,7 +93,7 @@ def test_a_share_that_keeps_nothing_is_refused(method: str) -> None:
 @pytest.mark.parametrize("method", RANDOM)
 def test_what_a_survey_no_longer_remembers_is_worked_out_again(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base, models = randn(40, 50, seed=1), [randn(40, 50, seed=number) for number in (2, 3, 4)]
-    monkeypatch.setattr("modelglue.checkpoint.engine.SURVEY_ELEMENTS", 175)  # three rows of 50, chunks no multiple of 8
+    monkeypatch.setattr("modelglue.checkpoint.engine.arithmetic.SURVEY_ELEMENTS", 175)  # three rows of 50, chunks no multiple of 8
     remembered = merge(method, models, base, per_model(method, 0.5))
     for entries in (0, 3 * 700):
         monkeypatch.setattr("modelglue.methods._random._REMEMBERED", entries)

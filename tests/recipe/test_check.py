@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from modelglue.checkpoint import save
-from modelglue.checkpoint.memory import DEFAULT_BYTES, PROCESS_BYTES
+from modelglue.checkpoint.output.memory import DEFAULT_BYTES, PROCESS_BYTES
 from modelglue.errors import MergeError, ModelGlueError, UserError
 from modelglue.methods import get
 from modelglue.recipe import check, merge, read_recipe
@@ -125,7 +125,7 @@ def test_the_number_of_workers_is_what_merge_would_use(folder: Path, monkeypatch
     recipe = {"method": "linear", "models": [{"model": str(folder / "a"), "weight": 1}]}
     monkeypatch.setenv("MODELGLUE_WORKERS", "3")
     assert check(recipe).workers == 1
-    monkeypatch.setattr("modelglue.checkpoint.execution.SMALL_OUTPUT_BYTES", 0)
+    monkeypatch.setattr("modelglue.checkpoint.output.execution.SMALL_OUTPUT_BYTES", 0)
     assert check(recipe).workers == 3
     assert check(recipe, workers=2).workers == 2
 

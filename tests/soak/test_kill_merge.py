@@ -31,7 +31,8 @@ SHAPES = {
 DRIVER = """
 import sys
 from pathlib import Path
-from modelglue.checkpoint import journal, open_checkpoint, plan, save
+from modelglue.checkpoint.output import journal, plan
+from modelglue.checkpoint import open_checkpoint, save
 from tests.checkpoint.test_same_bytes import merged
 import torch
 

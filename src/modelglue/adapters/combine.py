@@ -17,8 +17,8 @@ from modelglue.adapters.written import adapter_config, write_adapter
 from modelglue.checkpoint import torch_dtype
 from modelglue.checkpoint.adapter import Adapter, Factors
 from modelglue.checkpoint.adapter.keys import PREFIX
-from modelglue.checkpoint.staging import check_apart
-from modelglue.checkpoint.uniform import CounterHash, UniformSource
+from modelglue.checkpoint.engine.uniform import CounterHash, UniformSource
+from modelglue.checkpoint.output.staging import check_apart
 from modelglue.errors import MergeError, UserError, did_you_mean
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from modelglue.checkpoint import (
 )  # fmt: skip
 from modelglue.checkpoint.adapter.keys import PREFIX
 from modelglue.checkpoint.adapter.names import in_live_models, is_transposed
-from modelglue.checkpoint.staging import check_apart
-from modelglue.checkpoint.workers import run_tasks
+from modelglue.checkpoint.engine.workers import run_tasks
+from modelglue.checkpoint.output.staging import check_apart
 from modelglue.errors import CheckpointError, MergeError, UserError
 
 if TYPE_CHECKING:

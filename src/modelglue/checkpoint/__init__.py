@@ -1,19 +1,19 @@
 """Floor 1: everything with named weights is a `Checkpoint`; here they are opened, composed and written."""
 
-from modelglue.checkpoint.folder import DiskCheckpoint, SafetensorsCheckpoint
-from modelglue.checkpoint.merge_function import Constant, MergeFunction, ParameterSource, Round
+from modelglue.checkpoint.engine.merge_function import Constant, MergeFunction, ParameterSource, Round
+from modelglue.checkpoint.formats.folder import DiskCheckpoint, SafetensorsCheckpoint
+from modelglue.checkpoint.formats.pickled import PickledCheckpoint
+from modelglue.checkpoint.formats.quantised import quantisation_of
 from modelglue.checkpoint.merged import ENGINE_VERSION, MergedCheckpoint
-from modelglue.checkpoint.pickled import PickledCheckpoint
-from modelglue.checkpoint.plan import Plan, plan_output, tensor_file
+from modelglue.checkpoint.output.plan import Plan, plan_output, tensor_file
+from modelglue.checkpoint.output.record import RECORD_FILE, RECORD_FORMAT
+from modelglue.checkpoint.output.staging import json_bytes, staged, write_bytes_atomic, write_json_atomic
+from modelglue.checkpoint.output.writer import RECIPE_FILE, SaveReport, save
+from modelglue.checkpoint.output.yaml_text import SHORT_FLOAT, yaml_text
 from modelglue.checkpoint.protocol import FLOATING, ITEM_SIZE, Checkpoint, SideFile, TensorInfo, file_bytes, file_place
-from modelglue.checkpoint.quantised import quantisation_of
-from modelglue.checkpoint.record import RECORD_FILE, RECORD_FORMAT
 from modelglue.checkpoint.reference import open_checkpoint
-from modelglue.checkpoint.staging import json_bytes, staged, write_bytes_atomic, write_json_atomic
 from modelglue.checkpoint.tensors import STORE_DTYPES, TensorsCheckpoint, dtype_name, torch_dtype
 from modelglue.checkpoint.views import JoinedCheckpoint, RenamedCheckpoint
-from modelglue.checkpoint.writer import RECIPE_FILE, SaveReport, save
-from modelglue.checkpoint.yaml_text import SHORT_FLOAT, yaml_text
 
 __all__ = [
     "ENGINE_VERSION",

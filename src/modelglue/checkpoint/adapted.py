@@ -15,10 +15,10 @@ from modelglue.checkpoint.adapter import names as naming
 from modelglue.checkpoint.adapter.arithmetic import Grid, Ready
 from modelglue.checkpoint.adapter.changes import Change, LowRank
 from modelglue.checkpoint.adapter.placing import place
+from modelglue.checkpoint.engine.workers import single_thread
+from modelglue.checkpoint.formats.side_files import TEXT_FILES, side_files
 from modelglue.checkpoint.protocol import Checkpoint, SideFile, TensorInfo
-from modelglue.checkpoint.side_files import TEXT_FILES, side_files
 from modelglue.checkpoint.tensors import torch_dtype
-from modelglue.checkpoint.workers import single_thread
 from modelglue.errors import CheckpointError, did_you_mean
 
 if TYPE_CHECKING:

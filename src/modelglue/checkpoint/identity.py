@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modelglue.checkpoint.formats.side_files import TEXT_FILES
 from modelglue.checkpoint.protocol import file_bytes
-from modelglue.checkpoint.side_files import TEXT_FILES
 from modelglue.settings import cache_dir
 
 if TYPE_CHECKING:

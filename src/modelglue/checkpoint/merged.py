@@ -14,12 +14,12 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from modelglue.checkpoint.engine import Engine, Job
-from modelglue.checkpoint.fit import Missing, ShapeMismatch, fit, label_of, promoted, widest
-from modelglue.checkpoint.merge_function import Constant, MergeFunction, ParameterSource, unit_shape
+from modelglue.checkpoint.engine.arithmetic import Engine, Job
+from modelglue.checkpoint.engine.fit import Missing, ShapeMismatch, fit, label_of, promoted, widest
+from modelglue.checkpoint.engine.merge_function import Constant, MergeFunction, ParameterSource, unit_shape
+from modelglue.checkpoint.engine.uniform import CounterHash, UniformSource
 from modelglue.checkpoint.protocol import FLOATING, Checkpoint, SideFile, TensorInfo
 from modelglue.checkpoint.tensors import STORE_DTYPES, torch_dtype
-from modelglue.checkpoint.uniform import CounterHash, UniformSource
 from modelglue.errors import CheckpointError, MergeError, did_you_mean
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from modelglue.checkpoint import hub
-from modelglue.checkpoint.folder import hub_id_of
-from modelglue.checkpoint.opening import open_folder
+from modelglue.checkpoint.formats import hub
+from modelglue.checkpoint.formats.folder import hub_id_of
+from modelglue.checkpoint.formats.opening import open_folder
 from modelglue.checkpoint.protocol import Checkpoint
 from modelglue.errors import CheckpointError, UserError, did_you_mean
 

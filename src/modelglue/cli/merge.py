@@ -68,7 +68,7 @@ def merge(
         Print the summary as JSON.
     """
     from modelglue.checkpoint import save
-    from modelglue.checkpoint.licence import licence_warnings, parents
+    from modelglue.checkpoint.output.licence import licence_warnings, parents
     from modelglue.cli.console import byte_progress, parse_size, print_json, print_warnings, size, stderr
     from modelglue.recipe import build_with_warnings, read_with_models, warnings_of
     from modelglue.recipe.override import overridden

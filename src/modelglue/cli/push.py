@@ -43,8 +43,8 @@ def push(
     quiet
         No progress; print nothing.
     """
-    from modelglue.checkpoint.upload import local_references
-    from modelglue.checkpoint.upload import push as upload
+    from modelglue.checkpoint.output.upload import local_references
+    from modelglue.checkpoint.output.upload import push as upload
     from modelglue.cli.console import print_json, print_warnings, stderr
 
     local = local_references(folder)

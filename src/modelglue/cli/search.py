@@ -138,7 +138,7 @@ def export(
         Print what was written as JSON.
     """
     from modelglue.checkpoint import write_bytes_atomic
-    from modelglue.checkpoint.yaml_text import yaml_text
+    from modelglue.checkpoint.output.yaml_text import yaml_text
     from modelglue.cli.console import byte_progress, print_json, stderr
     from modelglue.search import recorded
     from modelglue.search.export import to_csv, to_optuna, to_tensorboard

@@ -37,7 +37,7 @@ def verify(
     """
     import time
 
-    from modelglue.checkpoint.verify import verify as run
+    from modelglue.checkpoint.output.verify import verify as run
     from modelglue.cli.console import byte_progress, print_json, size, stdout
     from modelglue.errors import RunError, UserError
 

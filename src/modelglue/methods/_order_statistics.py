@@ -174,7 +174,7 @@ def value_of(bits: int) -> float:
 
 
 def _recount_ranges(known: Sequence[Any], numel: int, parameters: Mapping[str, Any]) -> list[tuple[int, int]]:
-    from modelglue.checkpoint.engine import SURVEY_ELEMENTS
+    from modelglue.checkpoint.engine.arithmetic import SURVEY_ELEMENTS
 
     if all(bracket is None for bracket in known[-1].brackets):
         return []

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from modelglue.checkpoint.compiled import chunk_function
+from modelglue.checkpoint.engine.compiled import chunk_function
 
 if TYPE_CHECKING:
     from torch import Tensor

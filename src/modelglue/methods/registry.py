@@ -20,8 +20,8 @@ from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 # methods take these from here: of ours they import nothing but this module
-from modelglue.checkpoint.merge_function import CannotMergeError as CannotMergeError
-from modelglue.checkpoint.merge_function import Round as Round
+from modelglue.checkpoint.engine.merge_function import CannotMergeError as CannotMergeError
+from modelglue.checkpoint.engine.merge_function import Round as Round
 from modelglue.errors import UserError, did_you_mean
 
 T = TypeVar("T")

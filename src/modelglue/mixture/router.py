@@ -122,7 +122,7 @@ class Reader:
 def entering(model: Any, ids: torch.Tensor, mask: torch.Tensor, layer: int) -> torch.Tensor:
     """Residual stream [B, T, d] entering decoder layer `layer` (0 = embedding output), in float32; later layers do not run. One
     thread: what it decides is written down, and must not depend on the number of cores."""
-    from modelglue.checkpoint.workers import single_thread
+    from modelglue.checkpoint.engine.workers import single_thread
 
     _, layers = decoder_layers(model)
     caught: list[torch.Tensor] = []
@@ -176,7 +176,7 @@ def build_gate(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec
 
     Raises UserError for experts without prompts, with equal prompts, or whose negative prompts cancel the positive ones.
     """
-    from modelglue.checkpoint.workers import single_thread
+    from modelglue.checkpoint.engine.workers import single_thread
 
     _check_prompts(experts, router)
     with single_thread():
@@ -217,7 +217,7 @@ def best_layer(model: Any, tokenizer: Any, experts: Sequence[ExpertSpec], router
     At every layer a gate is built, where its prompts allow one, and the one with the largest `knowledge` counts, of equal ones the lower.
     Random gates have nothing to test: 0. Cost: about layers / 2 passes of all prompts through the encoder.
     """
-    from modelglue.checkpoint.workers import single_thread
+    from modelglue.checkpoint.engine.workers import single_thread
 
     if router.gate_mode in WITHOUT_PROMPTS:
         return 0

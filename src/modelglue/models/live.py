@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint import Checkpoint, file_bytes, file_place
-from modelglue.checkpoint.workers import keep_freed_memory, single_thread
+from modelglue.checkpoint.engine.workers import keep_freed_memory, single_thread
 from modelglue.errors import CheckpointError
 from modelglue.models.build import empty_model
 from modelglue.models.names import Step, loading_steps, some, uncovered

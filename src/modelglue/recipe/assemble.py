@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modelglue.checkpoint import FLOATING, STORE_DTYPES, Checkpoint, JoinedCheckpoint, MergedCheckpoint
-from modelglue.checkpoint.fit import promoted
+from modelglue.checkpoint.engine.fit import promoted
 from modelglue.checkpoint.vocabulary import AlignmentReport, chat_template, dressed
 from modelglue.errors import RecipeError
 from modelglue.methods import get

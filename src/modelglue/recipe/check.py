@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from modelglue.checkpoint import Checkpoint, plan_output
-from modelglue.checkpoint.execution import Execution, execution_of
-from modelglue.checkpoint.licence import licence_warnings, parents
-from modelglue.checkpoint.memory import PROCESS_BYTES, WORKER_BYTES
+from modelglue.checkpoint.output.execution import Execution, execution_of
+from modelglue.checkpoint.output.licence import licence_warnings, parents
+from modelglue.checkpoint.output.memory import PROCESS_BYTES, WORKER_BYTES
 from modelglue.checkpoint.vocabulary import AlignmentReport
 from modelglue.recipe.build import build_with_warnings, read_with_models
 from modelglue.recipe.mergeable import architecture, warnings_of

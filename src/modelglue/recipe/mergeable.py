@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modelglue.checkpoint import Checkpoint, quantisation_of
-from modelglue.checkpoint.fit import label_of
+from modelglue.checkpoint.engine.fit import label_of
 from modelglue.checkpoint.vocabulary import all_tokens, check_vocabularies
 from modelglue.errors import MergeError
 

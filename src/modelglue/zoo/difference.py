@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from modelglue.checkpoint import Checkpoint
+from modelglue.checkpoint.engine.workers import run_tasks
 from modelglue.checkpoint.protocol import PACKED_BITS
 from modelglue.checkpoint.tensor_names import ROLES, Layer, layer_of, role_of
-from modelglue.checkpoint.workers import run_tasks
 from modelglue.errors import UserError
 from modelglue.settings import BLOCK_ELEMENTS, SMALL_OUTPUT_BYTES, default_workers
 

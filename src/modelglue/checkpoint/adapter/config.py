@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from modelglue.checkpoint.header import MAX_HEADER_BYTES, parse_object, shown
+from modelglue.checkpoint.formats.header import MAX_HEADER_BYTES, parse_object, shown
 from modelglue.errors import CheckpointError
 
 CONFIG_FILE = "adapter_config.json"

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from modelglue.checkpoint.adapter.config import CONFIG_FILE, AdapterConfig, read_config
 from modelglue.checkpoint.adapter.keys import Key, read_keys
-from modelglue.checkpoint.header import shown
-from modelglue.checkpoint.opening import open_folder
+from modelglue.checkpoint.formats.header import shown
+from modelglue.checkpoint.formats.opening import open_folder
+from modelglue.checkpoint.formats.shards import WeightFormat, check_index, find_shards
 from modelglue.checkpoint.protocol import FLOATING, Checkpoint, TensorInfo
-from modelglue.checkpoint.shards import WeightFormat, check_index, find_shards
 from modelglue.errors import CheckpointError, did_you_mean
 
 if TYPE_CHECKING:

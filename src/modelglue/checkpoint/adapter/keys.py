@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from modelglue.checkpoint.adapter.config import AdapterConfig
-from modelglue.checkpoint.header import shown
+from modelglue.checkpoint.formats.header import shown
 from modelglue.errors import CheckpointError
 
 Kind = Literal["A", "B", "bias", "embedding_A", "embedding_B", "magnitude", "tokens", "base", "saved"]

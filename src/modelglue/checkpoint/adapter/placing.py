@@ -10,7 +10,7 @@ from modelglue.checkpoint.adapter import names as naming
 from modelglue.checkpoint.adapter.changes import Change, Layout, LowRank, Rows, Shift, equal_changes
 from modelglue.checkpoint.adapter.folder import Adapter, Update
 from modelglue.checkpoint.adapter.stacks import Fused, fused_parameters, lay_on_parameters, modules_of_experts
-from modelglue.checkpoint.header import shown
+from modelglue.checkpoint.formats.header import shown
 from modelglue.checkpoint.protocol import FLOATING, Checkpoint, TensorInfo
 from modelglue.checkpoint.tensor_names import layer_of
 from modelglue.errors import CheckpointError

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from modelglue.checkpoint.fit import label_of
+from modelglue.checkpoint.engine.fit import label_of
 from modelglue.checkpoint.protocol import FLOATING, Checkpoint, SideFile
 from modelglue.checkpoint.vocabulary.config import rows_update
 from modelglue.checkpoint.vocabulary.heads import with_heads

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from modelglue.checkpoint.header import MAX_HEADER_BYTES, is_text, parse_object, shown
+from modelglue.checkpoint.formats.header import MAX_HEADER_BYTES, is_text, parse_object, shown
 from modelglue.checkpoint.protocol import Checkpoint, SideFile, file_bytes, file_place
 from modelglue.checkpoint.vocabulary.pieces import Piece, read_pieces
 from modelglue.checkpoint.vocabulary.tables import Tables, tables_of

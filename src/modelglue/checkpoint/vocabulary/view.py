@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
+from modelglue.checkpoint.engine.workers import single_thread
 from modelglue.checkpoint.protocol import FLOATING, Checkpoint, TensorInfo
 from modelglue.checkpoint.tensors import torch_dtype
 from modelglue.checkpoint.vocabulary.over import OverCheckpoint, digest, updated
 from modelglue.checkpoint.vocabulary.tables import lies_flat
-from modelglue.checkpoint.workers import single_thread
 
 if TYPE_CHECKING:
     import torch

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelglue.checkpoint.compiled import plain
-from modelglue.checkpoint.device import DEVICE_CHUNK_ELEMENTS, devices_of, lanes_of
-from modelglue.checkpoint.executor import RayCluster, executor_of
-from modelglue.checkpoint.fill import Digest, Filling, fill
-from modelglue.checkpoint.memory import WORKER_BYTES, Division, divide
-from modelglue.checkpoint.plan import Plan, Task
+from modelglue.checkpoint.engine.compiled import plain
+from modelglue.checkpoint.engine.device import DEVICE_CHUNK_ELEMENTS, devices_of, lanes_of
+from modelglue.checkpoint.engine.executor import RayCluster, executor_of
+from modelglue.checkpoint.engine.workers import run_tasks
+from modelglue.checkpoint.output.fill import Digest, Filling, fill
+from modelglue.checkpoint.output.memory import WORKER_BYTES, Division, divide
+from modelglue.checkpoint.output.plan import Plan, Task
 from modelglue.checkpoint.protocol import Checkpoint
-from modelglue.checkpoint.workers import run_tasks
 from modelglue.errors import UserError
 from modelglue.settings import SMALL_OUTPUT_BYTES, default_workers
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from modelglue.checkpoint.confined import leads_out
-from modelglue.checkpoint.header import MAX_HEADER_BYTES, is_text, parse_object, shown
+from modelglue.checkpoint.formats.confined import leads_out
+from modelglue.checkpoint.formats.header import MAX_HEADER_BYTES, is_text, parse_object, shown
 from modelglue.errors import CheckpointError
 
 _LONGEST_NAME = 255

@@ -17,20 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelglue.checkpoint.card import model_card
-from modelglue.checkpoint.execution import Execution, execution_of
-from modelglue.checkpoint.fill import Digest, Filling
-from modelglue.checkpoint.folder import INDEX, SafetensorsCheckpoint
-from modelglue.checkpoint.hashing import Hashing
+from modelglue.checkpoint.formats.folder import INDEX, SafetensorsCheckpoint
 from modelglue.checkpoint.identity import remember_identity
-from modelglue.checkpoint.journal import Entry, Flusher, Journal
 from modelglue.checkpoint.merged import ENGINE_VERSION
-from modelglue.checkpoint.plan import Plan, Shard, Task, plan_output
+from modelglue.checkpoint.output.card import model_card
+from modelglue.checkpoint.output.execution import Execution, execution_of
+from modelglue.checkpoint.output.fill import Digest, Filling
+from modelglue.checkpoint.output.hashing import Hashing
+from modelglue.checkpoint.output.journal import Entry, Flusher, Journal
+from modelglue.checkpoint.output.plan import Plan, Shard, Task, plan_output
+from modelglue.checkpoint.output.record import RECORD_FILE, record
+from modelglue.checkpoint.output.staging import JOURNAL, LOCK, check_apart, json_bytes, staged
+from modelglue.checkpoint.output.yaml_text import yaml_text
 from modelglue.checkpoint.protocol import Checkpoint, SideFile
-from modelglue.checkpoint.record import RECORD_FILE, record
 from modelglue.checkpoint.reference import reference_from
-from modelglue.checkpoint.staging import JOURNAL, LOCK, check_apart, json_bytes, staged
-from modelglue.checkpoint.yaml_text import yaml_text
 from modelglue.errors import CheckpointError, RunError
 from modelglue.settings import cache_dir
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from modelglue.checkpoint.licence import Parent, common_licence, licence_warnings, parents
+from modelglue.checkpoint.output.licence import Parent, common_licence, licence_warnings, parents
 from modelglue.checkpoint.protocol import Checkpoint
 
 #: ending of the class's name -> (what the hub calls the task, transformers' class that loads it)

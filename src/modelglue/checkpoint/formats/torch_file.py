@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from modelglue.checkpoint.header import is_text, shown
+from modelglue.checkpoint.formats.header import is_text, shown
+from modelglue.checkpoint.formats.stored_zip import Record, read_directory
+from modelglue.checkpoint.formats.unpickle import MAX_PICKLE_BYTES, NUMBERED, BoundedReader, PickleError, Storage, StoredTensor, read_pickle
 from modelglue.checkpoint.protocol import ITEM_SIZE, TensorInfo
-from modelglue.checkpoint.stored_zip import Record, read_directory
-from modelglue.checkpoint.unpickle import MAX_PICKLE_BYTES, NUMBERED, BoundedReader, PickleError, Storage, StoredTensor, read_pickle
 from modelglue.errors import CheckpointError
 
 _MAGIC = 0x1950A86A20F9469CFC6C

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modelglue.checkpoint.folder import DiskCheckpoint
-from modelglue.checkpoint.mapped import MappedFiles
+from modelglue.checkpoint.formats.folder import DiskCheckpoint
+from modelglue.checkpoint.formats.mapped import MappedFiles
+from modelglue.checkpoint.formats.shards import PICKLED
+from modelglue.checkpoint.formats.torch_file import Placed, read_torch_file
 from modelglue.checkpoint.protocol import ITEM_SIZE, TensorInfo
-from modelglue.checkpoint.shards import PICKLED
-from modelglue.checkpoint.torch_file import Placed, read_torch_file
 
 if TYPE_CHECKING:
     import torch

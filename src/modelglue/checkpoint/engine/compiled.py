@@ -224,7 +224,7 @@ def _load(path: str) -> Any:
 def _compile(wanted: Sequence[tuple[str, Any, Path]]) -> None:
     """Compile (function, shape, target) triples in one process of their own; failures are logged, not raised."""
     text = json.dumps([[function, shape, str(path)] for function, shape, path in wanted])
-    command = [sys.executable, "-W", "ignore", "-c", "from modelglue.checkpoint.compiled import _compile_all; _compile_all()"]
+    command = [sys.executable, "-W", "ignore", "-c", "from modelglue.checkpoint.engine.compiled import _compile_all; _compile_all()"]
     try:
         wanted[0][2].parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="modelglue-compile-") as scratch:

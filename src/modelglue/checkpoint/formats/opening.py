@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modelglue.checkpoint.folder import DiskCheckpoint, SafetensorsCheckpoint
-from modelglue.checkpoint.pickled import PickledCheckpoint
-from modelglue.checkpoint.shards import PICKLED, SAFETENSORS
+from modelglue.checkpoint.formats.folder import DiskCheckpoint, SafetensorsCheckpoint
+from modelglue.checkpoint.formats.pickled import PickledCheckpoint
+from modelglue.checkpoint.formats.shards import PICKLED, SAFETENSORS
 from modelglue.errors import CheckpointError
 
 #: a training checkpoint by its own name, which is a pickled file like the others

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modelglue.checkpoint.header import shown
+from modelglue.checkpoint.formats.header import shown
 
 #: bytes of one pickle: names and shapes of a hundred thousand tensors take a third of it
 MAX_PICKLE_BYTES = 2**26

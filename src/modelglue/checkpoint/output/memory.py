@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from modelglue.checkpoint.plan import Task
+from modelglue.checkpoint.output.plan import Task
 from modelglue.checkpoint.protocol import Checkpoint
 from modelglue.errors import UserError
 from modelglue.settings import CHUNK_ELEMENTS

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelglue.checkpoint.workers import OnDone
+from modelglue.checkpoint.engine.workers import OnDone
 from modelglue.errors import RunError, UserError, WorkerDiedError
 
 #: workers that may die before the cluster is given up; what they were doing is done again

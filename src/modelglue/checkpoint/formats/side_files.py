@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modelglue.checkpoint.confined import leads_out
+from modelglue.checkpoint.formats.confined import leads_out
 from modelglue.checkpoint.protocol import SideFile
 from modelglue.errors import CheckpointError
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from modelglue.checkpoint.engine.workers import run_tasks
 from modelglue.checkpoint.identity import tensor_digest
+from modelglue.checkpoint.output.record import RECORD_FILE, RECORD_FORMAT
+from modelglue.checkpoint.output.writer import RECIPE_FILE
 from modelglue.checkpoint.protocol import Checkpoint, TensorInfo
-from modelglue.checkpoint.record import RECORD_FILE, RECORD_FORMAT
 from modelglue.checkpoint.reference import open_checkpoint
-from modelglue.checkpoint.workers import run_tasks
-from modelglue.checkpoint.writer import RECIPE_FILE
 from modelglue.errors import CheckpointError, UserError
 from modelglue.settings import SMALL_OUTPUT_BYTES, default_workers
 

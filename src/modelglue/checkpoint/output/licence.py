@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from modelglue.checkpoint.folder import hub_id_of
+from modelglue.checkpoint.formats.folder import hub_id_of
+from modelglue.checkpoint.output.record import RECORD_FILE
 from modelglue.checkpoint.protocol import Checkpoint
-from modelglue.checkpoint.record import RECORD_FILE
 
 #: characters of a README or LICENSE that are looked at
 _LOOKED_AT = 200_000

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from modelglue.checkpoint.header import MAX_HEADER_BYTES, shown
+from modelglue.checkpoint.formats.header import MAX_HEADER_BYTES, shown
 from modelglue.errors import CheckpointError
 
 _END = struct.Struct("<4s4H2LH")

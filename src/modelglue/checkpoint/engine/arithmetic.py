@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from modelglue.checkpoint import compiled, device
-from modelglue.checkpoint.merge_function import CannotMergeError, MergeFunction, ParameterSource, Round, Unit, unit_shape
+from modelglue.checkpoint.engine import compiled, device
+from modelglue.checkpoint.engine.merge_function import CannotMergeError, MergeFunction, ParameterSource, Round, Unit, unit_shape
+from modelglue.checkpoint.engine.scratch import spill
+from modelglue.checkpoint.engine.uniform import UniformSource
+from modelglue.checkpoint.engine.workers import collector_paused, single_thread
 from modelglue.checkpoint.protocol import Checkpoint, TensorInfo
-from modelglue.checkpoint.scratch import spill
 from modelglue.checkpoint.tensors import torch_dtype
-from modelglue.checkpoint.uniform import UniformSource
-from modelglue.checkpoint.workers import collector_paused, single_thread
 from modelglue.errors import MergeError
 from modelglue.settings import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modelglue.checkpoint.header import shown
+from modelglue.checkpoint.formats.header import shown
 from modelglue.checkpoint.protocol import PACKED_BITS, Checkpoint
 from modelglue.checkpoint.remembered import once_per_checkpoint
 

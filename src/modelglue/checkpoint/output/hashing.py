@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from modelglue.checkpoint.fill import Digest, whole_tensors
-from modelglue.checkpoint.plan import Plan, Task
+from modelglue.checkpoint.output.fill import Digest, whole_tensors
+from modelglue.checkpoint.output.plan import Plan, Task
 from modelglue.checkpoint.protocol import Checkpoint
 
 

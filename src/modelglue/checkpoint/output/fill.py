@@ -8,10 +8,10 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelglue.checkpoint.device import lanes_of, pipelined
-from modelglue.checkpoint.plan import Plan, Task
+from modelglue.checkpoint.engine.device import lanes_of, pipelined
+from modelglue.checkpoint.engine.workers import worker_number
+from modelglue.checkpoint.output.plan import Plan, Task
 from modelglue.checkpoint.protocol import Checkpoint
-from modelglue.checkpoint.workers import worker_number
 from modelglue.errors import RunError
 
 _STEP = 2**20

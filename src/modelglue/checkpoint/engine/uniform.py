@@ -11,8 +11,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from modelglue.checkpoint.compiled import ChunkFunction
-from modelglue.checkpoint.device import current
+from modelglue.checkpoint.engine.compiled import ChunkFunction
+from modelglue.checkpoint.engine.device import current
 from modelglue.settings import CHUNK_ELEMENTS
 
 if TYPE_CHECKING:

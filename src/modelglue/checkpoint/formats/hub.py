@@ -12,11 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelglue.checkpoint.folder import hub_id_of, read_config
-from modelglue.checkpoint.header import Entry, parse_header, shown
+from modelglue.checkpoint.formats.folder import hub_id_of, read_config
+from modelglue.checkpoint.formats.header import Entry, parse_header, shown
+from modelglue.checkpoint.formats.shards import PICKLED, SAFETENSORS, WeightFormat, weight_map
+from modelglue.checkpoint.formats.side_files import SIDE_FILES, side_files
 from modelglue.checkpoint.protocol import Checkpoint, SideFile, TensorInfo
-from modelglue.checkpoint.shards import PICKLED, SAFETENSORS, WeightFormat, weight_map
-from modelglue.checkpoint.side_files import SIDE_FILES, side_files
 from modelglue.errors import CheckpointError, UserError, did_you_mean
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from modelglue.checkpoint.output.staging import json_bytes
 from modelglue.checkpoint.protocol import Checkpoint
-from modelglue.checkpoint.staging import json_bytes
 
 RECORD_FILE = "modelglue_record.json"
 RECORD_FORMAT = "modelglue-record/1"

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from modelglue.checkpoint.verify import verify
-from modelglue.checkpoint.writer import RECIPE_FILE
+from modelglue.checkpoint.output.verify import verify
+from modelglue.checkpoint.output.writer import RECIPE_FILE
 from modelglue.errors import RunError, UserError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

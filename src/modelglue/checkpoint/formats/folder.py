@@ -11,12 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from modelglue.checkpoint.header import Entry, is_text, read_header, shown
+from modelglue.checkpoint.formats.header import Entry, is_text, read_header, shown
+from modelglue.checkpoint.formats.mapped import MAPPED_BYTES, MappedFiles
+from modelglue.checkpoint.formats.shards import SAFETENSORS, WeightFormat, check_index, find_shards, read_object
+from modelglue.checkpoint.formats.side_files import side_files
 from modelglue.checkpoint.identity import content_identity
-from modelglue.checkpoint.mapped import MAPPED_BYTES, MappedFiles
 from modelglue.checkpoint.protocol import ITEM_SIZE, Checkpoint, SideFile, TensorInfo
-from modelglue.checkpoint.shards import SAFETENSORS, WeightFormat, check_index, find_shards, read_object
-from modelglue.checkpoint.side_files import side_files
 from modelglue.errors import CheckpointError, did_you_mean
 
 if TYPE_CHECKING:

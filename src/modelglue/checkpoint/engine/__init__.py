@@ -1,0 +1,1 @@
+"""The arithmetic of a merge: chunks, surveys, devices, worker processes."""
