@@ -19,7 +19,7 @@ class TextEncoder:
     def __init__(self, tokenizer: Any, limit: int, vocabulary: int) -> None:
         self.tokenizer = tokenizer
         self.truncated = 0
-        self._limit = limit
+        self.limit = limit
         self._vocabulary = vocabulary
         self._known: dict[str, list[int]] = {}
         # What an empty context is: the beginning-of-sequence id, else the end-of-text id, and (where there is neither) id 0.
@@ -33,11 +33,11 @@ class TextEncoder:
 
         A context is cut (its end stays) to make room for `max_new_tokens`, but keeps half of the model's positions.
         """
-        kept = max(self._limit - max_new_tokens, self._limit // 2, 1)
-        encoded = self.encode(prompts) if max_new_tokens > 0 and self._limit > 1 else []
+        kept = max(self.limit - max_new_tokens, self.limit // 2, 1)
+        encoded = self.encode(prompts) if max_new_tokens > 0 and self.limit > 1 else []
         self.truncated += sum(len(ids) > kept for ids in encoded)
         rows = [ids[-kept:] or [self.first] for ids in encoded]
-        return rows, [min(max_new_tokens, self._limit - len(row)) for row in rows]
+        return rows, [min(max_new_tokens, self.limit - len(row)) for row in rows]
 
     def rows(self, pairs: Sequence[tuple[str, str]]) -> list[list[Row]]:
         """One row for each pair; of a text without a context that the model cannot read at once, several, each of which scores a part."""
@@ -52,7 +52,7 @@ class TextEncoder:
             if start == 0:
                 ids = ids if ids[:1] == [self.first] else [self.first, *ids]
                 start = 1
-            over = max(len(ids) - self._limit - 1, 0)  # the last id is only predicted
+            over = max(len(ids) - self.limit - 1, 0)  # the last id is only predicted
             if over and not context:
                 rows.append(list(self._windows(ids)))
                 continue
@@ -62,11 +62,11 @@ class TextEncoder:
 
     def _windows(self, ids: list[int]) -> Iterator[Row]:
         """Parts of a text after its first id. From the second on each has half of the model's positions before it."""
-        start, stop = 1, self._limit + 1
+        start, stop = 1, self.limit + 1
         while start < len(ids):
-            begin = max(stop - self._limit - 1, 0)
+            begin = max(stop - self.limit - 1, 0)
             yield Row(ids[begin:stop], start - begin)
-            start, stop = stop, min(stop + max(self._limit // 2, 1), len(ids))
+            start, stop = stop, min(stop + max(self.limit // 2, 1), len(ids))
 
     def _begins(self, text: str) -> bool:
         return bool(self._first_text) and text.startswith(self._first_text)

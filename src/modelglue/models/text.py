@@ -55,16 +55,21 @@ class LiveTextModel:
         limit = int(getattr(config, "max_position_embeddings", None) or 2**30)
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         pad = tokenizer.pad_token_id
-        self._reader = CachedModel(model, pad if pad is not None and pad < self._vocabulary else 0)
+        self.pad = pad if pad is not None and pad < self._vocabulary else 0
+        self._reader = CachedModel(model, self.pad)
         ends = [tokenizer.eos_token_id, config.eos_token_id, getattr(getattr(model, "generation_config", None), "eos_token_id", None)]
         self._ends = {end for entry in ends for end in (entry if isinstance(entry, list) else [entry]) if end is not None}
         self._specials = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._encoder = TextEncoder(tokenizer, limit, self._vocabulary)
+        self.encoder = TextEncoder(tokenizer, limit, self._vocabulary)
 
     @property
     def truncated(self) -> int:
         """Contexts that were cut so far."""
-        return self._encoder.truncated
+        return self.encoder.truncated
+
+    def ends(self, until: Sequence[str]) -> set[int]:
+        """The ids that end a text, with those of the stop strings that decoded text does not show."""
+        return self._ends | {self._specials[stop] for stop in until if stop in self._specials}
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """What all contexts begin with is read once, then every distinct context once, then every continuation once.
@@ -73,7 +78,7 @@ class LiveTextModel:
         the border counts to the continuation. Blanks at a context's end move to the continuation.
         """
         with inference(self.model):
-            windows = self._encoder.rows(pairs)
+            windows = self.encoder.rows(pairs)
             rows = [row for part in windows for row in part]
             self.tokens = [sum(len(row.ids) for row in part) for part in windows]
             found = iter(score_rows(self._reader, rows, self._vocabulary))
@@ -88,11 +93,10 @@ class LiveTextModel:
         """
         texts = [""] * len(prompts)
         self.tokens = [0] * len(prompts)
-        rows, steps = self._encoder.prompts(prompts, max_new_tokens)
+        rows, steps = self.encoder.prompts(prompts, max_new_tokens)
         stops = Stops(self.tokenizer, until)
-        ends = self._ends | {self._specials[stop] for stop in until if stop in self._specials}  # decoded text does not show these
         with inference(self.model):
-            for place, ids, sound in continue_rows(self._reader, rows, steps, ends, stops):
+            for place, ids, sound in continue_rows(self._reader, rows, steps, self.ends(until), stops):
                 texts[place] = stops.cut(decode(self.tokenizer, ids)) if sound else Unanswered()
                 self.tokens[place] = len(rows[place]) + len(ids)
         return texts
