@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from modelglue.errors import UserError
 from modelglue.mixture import DOMAIN_PROMPTS, Encoded, ExpertSpec, Reader, RouterSpec, build_gate, domain_prompts, entering, gate_row
+from modelglue.mixture.gates import LinearGate
 from modelglue.mixture.router import best_layer, knowledge
 from tests.mixture.making import of, unit_reader
 from tests.models.tiny import LETTERS, bigram_model, letters, pieces, random_model
@@ -42,16 +43,16 @@ def test_gate_rows_by_eye(mode: str, expected: torch.Tensor) -> None:
         expected /= expected.norm()
     gate, made = build_gate(unit_reader(), [of("ab", "c"), of("xyz")], RouterSpec(gate_mode=mode))  # type: ignore[arg-type]
     assert made == mode
-    torch.testing.assert_close(gate[0], expected)
+    torch.testing.assert_close(gate.weight[0], expected)
 
 
 def test_the_negative_side_is_subtracted() -> None:
     hidden, _ = build_gate(unit_reader(), [of("a", against=("xb", "b")), of("z")], RouterSpec())
-    torch.testing.assert_close(hidden[0], (_unit("a") - _unit("b")) / math.sqrt(2))
+    torch.testing.assert_close(hidden.weight[0], (_unit("a") - _unit("b")) / math.sqrt(2))
     # Each side has length 1 before it is subtracted: (<s> + a) / sqrt 2 less (2 <s> + x + 2 b) / 3.
     cheap, _ = build_gate(unit_reader(), [of("a", against=("xb", "b")), of("z")], RouterSpec(gate_mode="cheap_embed"))
     row = _unit("<s>", "a") - _unit("<s>", "<s>", "x", "b", "b")
-    torch.testing.assert_close(cheap[0], row / row.norm())
+    torch.testing.assert_close(cheap.weight[0], row / row.norm())
 
 
 _PROMPTS = st.lists(st.text(LETTERS, min_size=1, max_size=8), min_size=1, max_size=4, unique=True).map(tuple)
@@ -68,8 +69,8 @@ def test_rows_have_length_1_and_swapped_prompts_the_other_sign(
     except UserError as error:
         assert "cancel" in str(error) or "same " in str(error)  # noqa: PT017 - legal for such prompts
         return
-    torch.testing.assert_close(gate.norm(dim=1), torch.ones(2))
-    torch.testing.assert_close(gate[0], -gate[1])
+    torch.testing.assert_close(gate.weight.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(gate.weight[0], -gate.weight[1])
 
 
 _READERS = [Reader(random_model("llama"), letters(), layer) for layer in (0, 1)]
@@ -102,7 +103,7 @@ def test_auto_keeps_the_mode_with_the_larger_worst_margin() -> None:
     )
     gate, mode = build_gate(unit_reader(), [of("a"), of("b")], RouterSpec(gate_mode="auto"))
     assert mode == "hidden"  # what all prompts begin with brings averages closer: margins 0.5 and 0.5 / sqrt 2
-    torch.testing.assert_close(gate, torch.stack([_unit("a"), _unit("b")]))
+    torch.testing.assert_close(gate.weight, torch.stack([_unit("a"), _unit("b")]))
 
 
 def test_knowledge_counts_prompts_before_leads() -> None:
@@ -112,7 +113,7 @@ def test_knowledge_counts_prompts_before_leads() -> None:
     # Rows (a + c) / sqrt 2 and (b + a) / sqrt 2: <s>a is a tie, which the first expert wins, and <s>ca goes to the wrong one.
     found = knowledge(unit_reader(), experts, some, "prompt")
     assert found == (pytest.approx(0.75), pytest.approx(-1 / 3 / 2**0.5))
-    assert knowledge(unit_reader(), experts, torch.ones(2, 48), "prompt") == (0.5, 0.0)
+    assert knowledge(unit_reader(), experts, LinearGate(torch.ones(2, 48)), "prompt") == (0.5, 0.0)
     assert found > (0.5, 0.0)
 
 
@@ -137,11 +138,11 @@ def test_random_gates_are_a_function_of_seed_and_name() -> None:
     experts = [of(name="a"), of(name="b")]
     first, mode = build_gate(reader, experts, RouterSpec(gate_mode="random", seed=7))
     assert mode == "random"
-    assert torch.equal(first, build_gate(reader, experts, RouterSpec(gate_mode="random", seed=7))[0])
-    assert torch.equal(first.flip(0), build_gate(reader, experts[::-1], RouterSpec(gate_mode="random", seed=7))[0])
-    assert not torch.equal(first, build_gate(reader, experts, RouterSpec(gate_mode="random", seed=8))[0])
-    assert not torch.equal(first[0], first[1])
-    many, _ = build_gate(reader, [of(name=f"e{number}") for number in range(60)], RouterSpec(gate_mode="uniform_random"))
+    assert torch.equal(first.weight, build_gate(reader, experts, RouterSpec(gate_mode="random", seed=7))[0].weight)
+    assert torch.equal(first.weight.flip(0), build_gate(reader, experts[::-1], RouterSpec(gate_mode="random", seed=7))[0].weight)
+    assert not torch.equal(first.weight, build_gate(reader, experts, RouterSpec(gate_mode="random", seed=8))[0].weight)
+    assert not torch.equal(first.weight[0], first.weight[1])
+    many = build_gate(reader, [of(name=f"e{number}") for number in range(60)], RouterSpec(gate_mode="uniform_random"))[0].weight
     bound = 48**-0.5
     assert many.abs().max() <= bound
     assert many.abs().max() > 0.99 * bound

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from modelglue.errors import UserError
+from modelglue.mixture.gates import Gate, LinearGate
 from modelglue.mixture.router import Reader, prompt_logits, winner, worst_margin
 from modelglue.mixture.spec import ExpertSpec
-
-if TYPE_CHECKING:
-    import torch
 
 _HIGH_CONDITION = 5.0
 #: stands for infinity, which JSON does not have
@@ -26,7 +24,8 @@ class SelfTest:
     experts: tuple[str, ...]
     confusion: tuple[tuple[int, ...], ...]
     margin: float
-    condition_number: float
+    condition_number: float | None
+    """Of a linear gate's rows; None for an MLP."""
     gate_mode: str
     router_layer: int
     encoder: str
@@ -60,7 +59,7 @@ class _Settings(Protocol):
     def encoder(self) -> str: ...
 
 
-def self_test(reader: Reader, experts: Sequence[ExpertSpec], gate: torch.Tensor, settings: _Settings) -> SelfTest:
+def self_test(reader: Reader, experts: Sequence[ExpertSpec], gate: Gate, settings: _Settings) -> SelfTest:
     """Route every positive prompt and compare with the expert it belongs to. Raises UserError when no expert has one."""
     import torch
 
@@ -71,11 +70,13 @@ def self_test(reader: Reader, experts: Sequence[ExpertSpec], gate: torch.Tensor,
     for own, rows in enumerate(logits):
         for row in rows.tolist():
             confusion[own][winner(row)] += 1
-    condition = min(float(torch.linalg.cond(gate.double())), _NO_CONDITION)
-    opposite = len(experts) == 2 and float(gate[0] @ gate[1]) < 0  # rows that point apart are no trouble, however dependent
-    warnings = []
-    if condition > _HIGH_CONDITION and not opposite:
-        warnings.append(f"the gate's condition number is {condition:.1f} (over {_HIGH_CONDITION:g}): the prompts are too alike.")
+    condition, warnings = None, []
+    if isinstance(gate, LinearGate):
+        rows = gate.weight
+        condition = min(float(torch.linalg.cond(rows.double())), _NO_CONDITION)
+        opposite = len(experts) == 2 and float(rows[0] @ rows[1]) < 0  # rows that point apart are no trouble, however dependent
+        if condition > _HIGH_CONDITION and not opposite and gate.bias is None:
+            warnings.append(f"the gate's condition number is {condition:.1f} (over {_HIGH_CONDITION:g}): the prompts are too alike.")
     for own, row in enumerate(confusion):
         if row[own] < sum(row):
             warnings.append(f"{sum(row) - row[own]} of {sum(row)} prompts of '{experts[own].name}' reach another expert.")

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,12 +24,11 @@ from modelglue.checkpoint import (
 )
 from modelglue.checkpoint.reference import seen_from
 from modelglue.errors import CheckpointError, UserError
+from modelglue.mixture.gates import Gate, GateKind, gate_from
 from modelglue.mixture.router import WITHOUT_PROMPTS, Reader, best_layer, build_gate, knowledge, those_that_work
-from modelglue.mixture.spec import EXPERT_NAME, ROUTE_SPAN, ExpertSpec, GateMode, RouterSpec
+from modelglue.mixture.spec import EXPERT_NAME, ROUTE_SPAN, ExpertSpec, MadeFrom, RouterSpec
+from modelglue.mixture.trained import TrainedRouter, Training
 from modelglue.models import check_fit, has_tokenizer, load_live, load_tokenizer
-
-if TYPE_CHECKING:
-    import torch
 
 MANIFEST = "mixture.json"
 ROUTER = "router.safetensors"
@@ -67,8 +66,11 @@ class Manifest(BaseModel):
     level: Literal["model"] = "model"
     routing: Literal["sample"] = "sample"
     top_k: Literal[1] = 1
-    router: Literal["linear"] = "linear"
-    gate_mode: GateMode
+    router: GateKind = "linear"
+    gate_mode: MadeFrom
+    """What the gate was made from: prompts, chance, or the experts' scores."""
+    training: Training | None = None
+    """How a router from scores was found."""
     router_layer: Annotated[int, Field(ge=0)]
     temperature: Annotated[float, Field(gt=0)]
     route_span: Annotated[str, Field(pattern=f"^({ROUTE_SPAN})$")]
@@ -94,24 +96,31 @@ def write_mixture(
     router: RouterSpec,
     *,
     encoder: Path | None,
+    trained: TrainedRouter | None = None,
     pack: bool = False,
     overwrite: bool = False,
 ) -> Manifest:
     """Make a mixture directory. The gate is built from the experts' prompts through `encoder`; None: the expert that does best.
+
+    With a `trained` router its gate, encoder, layer and temperature are used, and no prompts are needed.
 
     Reads every expert once to hash it (remembered), and runs a few dozen short prompts through the encoder. With `pack` experts
     and encoder are copied into the folder. Raises UserError for experts that cannot be one, or prompts that no router can use.
     """
     directory = Path(directory)
     opened = _open_experts(directory, experts)
-    candidates = [encoder] if encoder is not None else [expert.path for expert in experts]
-    built = those_that_work(candidates, lambda path: _build_through(path, experts, router))
-    encoder = max(built, key=lambda path: built[path].known)  # of equal ones the first
-    read, layer, mode, gate = built[encoder].read, built[encoder].layer, built[encoder].mode, built[encoder].gate
+    temperature = router.temperature if trained is None else trained.temperature
+    if trained is None:
+        candidates = [encoder] if encoder is not None else [expert.path for expert in experts]
+        built = those_that_work(candidates, lambda path: _build_through(path, experts, router))
+        encoder = max(built, key=lambda path: built[path].known)  # of equal ones the first
+        read, layer, mode, gate = built[encoder].read, built[encoder].layer, built[encoder].mode, built[encoder].gate
+    else:
+        encoder, read, layer, mode, gate = trained.encoder, open_checkpoint(trained.encoder), trained.layer, "scores", trained.gate
     identities = [checkpoint.identity for checkpoint in opened]
     settings = [
-        [expert.name for expert in experts], identities, read.identity, mode, layer, router.temperature, router.route_span,
-        gate.tolist(), pack,
+        [expert.name for expert in experts], identities, read.identity, mode, layer, temperature, router.route_span,
+        {name: value.tolist() for name, value in gate.tensors().items()}, pack,
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     with staged(directory, key=key, overwrite=overwrite) as folder:
@@ -120,9 +129,11 @@ def write_mixture(
         places = [f"experts/{expert.name}" if pack else seen_from(directory, expert.path) for expert in experts]
         manifest = Manifest.model_validate(
             {
+                "router": gate.kind,
                 "gate_mode": mode,
+                "training": trained.training.model_dump() if trained is not None else None,
                 "router_layer": layer,
-                "temperature": router.temperature,
+                "temperature": temperature,
                 "route_span": router.route_span,
                 "encoder": _place_of_encoder(directory, encoder, experts, places, pack),
                 "encoder_identity": read.identity,
@@ -139,7 +150,7 @@ def write_mixture(
                 ],
             }
         )
-        (folder / ROUTER).write_bytes(tensor_file(TensorsCheckpoint({"gate": gate})))
+        (folder / ROUTER).write_bytes(tensor_file(TensorsCheckpoint(gate.tensors())))
         (folder / MANIFEST).write_bytes(json_bytes(manifest.model_dump(mode="json")))
     return manifest
 
@@ -151,7 +162,7 @@ class _Built:
     read: Checkpoint
     layer: int
     mode: str
-    gate: torch.Tensor
+    gate: Gate
     known: tuple[float, float]
 
 
@@ -210,8 +221,8 @@ def _place_of_encoder(directory: Path, encoder: Path, experts: Sequence[ExpertSp
     return ENCODER if pack else seen_from(directory, encoder)
 
 
-def read_manifest(directory: Path) -> tuple[Manifest, torch.Tensor]:
-    """The manifest and the gate [experts, d] of a mixture directory, checked against each other."""
+def read_manifest(directory: Path) -> tuple[Manifest, Gate]:
+    """The manifest and the gate of a mixture directory, checked against each other."""
     path = directory / MANIFEST
     try:
         value: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -221,15 +232,8 @@ def read_manifest(directory: Path) -> tuple[Manifest, torch.Tensor]:
     except ValueError as error:  # not UTF-8, not JSON, or not our keys and values
         raise CheckpointError(f"{path}: is not a mixture of this format ({_faults(error)}). Make the mixture again.") from error
     router = SafetensorsCheckpoint(directory / ROUTER)
-    info = router.info("gate")
-    if len(info.shape) != 2 or info.shape[0] != len(manifest.experts) or info.dtype != "F32":
-        raise CheckpointError(
-            f"{directory / ROUTER}: gate is {info.dtype} {list(info.shape)}, allowed is F32 [{len(manifest.experts)}, d]. "
-            "Make the mixture again."
-        )
-    gate = router.tensor("gate").clone()
-    if not bool(gate.isfinite().all()):
-        raise CheckpointError(f"{directory / ROUTER}: gate holds values that are not finite. Make the mixture again.")
+    tensors = {name: router.tensor(name).clone() for name in router.names()}
+    gate = gate_from(manifest.router, tensors, len(manifest.experts), str(directory / ROUTER))
     return manifest, gate
 
 

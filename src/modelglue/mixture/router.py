@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelglue.errors import UserError
+from modelglue.mixture.gates import Gate, LinearGate
 from modelglue.mixture.spec import ExpertSpec, RouterSpec
 from modelglue.models import batches, decoder_layers, inference
 
@@ -81,20 +82,29 @@ class Reader:
 
         Raises UserError for a prompt without tokens.
         """
-        return self._encode(self._ids(prompts, "prompt"), self._layer if layer is None else layer)
+        layer = self._layer if layer is None else layer
+        return self._encode(self._ids(prompts, "prompt"), [layer])[layer]
 
-    def logits(self, texts: Sequence[str], gate: torch.Tensor, span: str) -> torch.Tensor:
-        """What the router thinks of each text: gate * mean over the text's real positions, [texts, experts].
+    def logits(self, texts: Sequence[str], gate: Gate, span: str) -> torch.Tensor:
+        """What the router thinks of each text: the gate on the mean over the text's real positions, [texts, experts].
 
         At layer 0 a text's logits are bit for bit the same, whatever it is batched with; above to rounding.
         """
+        return gate.logits(self.pooled(texts, span))
+
+    def pooled(self, texts: Sequence[str], span: str) -> torch.Tensor:
+        """What the router reads of each text: the mean state over its real positions, [texts, d] in float32."""
+        return self.pooled_at([self._layer], texts, span)[self._layer]
+
+    def pooled_at(self, layers: Sequence[int], texts: Sequence[str], span: str) -> dict[int, torch.Tensor]:
+        """The same at several layers, each [texts, d], by one pass through the encoder up to the last of them."""
         import torch
 
         rows = self._ids(texts, span)
-        found = torch.empty(len(rows), len(gate))
+        found = {layer: torch.empty(len(rows), self.width) for layer in layers}
         for places in batches([len(row) for row in rows]):
-            pooled = self._encode([rows[place] for place in places], self._layer).mean()
-            found[places] = (pooled[:, None] * gate).sum(dim=-1)
+            for layer, encoded in self._encode([rows[place] for place in places], layers).items():
+                found[layer][places] = encoded.mean()
         return found
 
     def _ids(self, texts: Sequence[str], span: str) -> list[list[int]]:
@@ -109,29 +119,38 @@ class Reader:
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
-    def _encode(self, rows: Sequence[Sequence[int]], layer: int) -> Encoded:
+    def _encode(self, rows: Sequence[Sequence[int]], layers: Sequence[int]) -> dict[int, Encoded]:
         import torch
 
         width = max(len(row) for row in rows)
         pad = self._tokenizer.pad_token_id or 0
         ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        return Encoded(entering(self._model, ids, mask, layer), mask)
+        return {layer: Encoded(states, mask) for layer, states in entering_each(self._model, ids, mask, layers).items()}
 
 
 def entering(model: Any, ids: torch.Tensor, mask: torch.Tensor, layer: int) -> torch.Tensor:
     """Residual stream [B, T, d] entering decoder layer `layer` (0 = embedding output), in float32; later layers do not run. One
     thread: what it decides is written down, and must not depend on the number of cores."""
+    return entering_each(model, ids, mask, [layer])[layer]
+
+
+def entering_each(model: Any, ids: torch.Tensor, mask: torch.Tensor, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    """The streams entering several layers, by one pass that ends at the last of them."""
     from modelglue.checkpoint.engine.workers import single_thread
 
-    _, layers = decoder_layers(model)
-    caught: list[torch.Tensor] = []
+    _, blocks = decoder_layers(model)
+    caught: dict[int, torch.Tensor] = {}
 
-    def catch(_module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        caught.append(arguments[0] if arguments else named["hidden_states"])
-        raise _Reached
+    def catch(layer: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            caught[layer] = (arguments[0] if arguments else named["hidden_states"]).float().clone()
+            if layer == max(layers):
+                raise _Reached
 
-    handle = layers[layer].register_forward_pre_hook(catch, with_kwargs=True)
+        return hook
+
+    handles = [blocks[layer].register_forward_pre_hook(catch(layer), with_kwargs=True) for layer in dict.fromkeys(layers)]
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     try:
         with single_thread(), inference(model):
@@ -139,8 +158,9 @@ def entering(model: Any, ids: torch.Tensor, mask: torch.Tensor, layer: int) -> t
     except _Reached:
         pass
     finally:
-        handle.remove()
-    return caught[0].float().clone()
+        for handle in handles:
+            handle.remove()
+    return caught
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
@@ -171,8 +191,8 @@ def _unit(vector: torch.Tensor) -> torch.Tensor:
     return unit
 
 
-def build_gate(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec) -> tuple[torch.Tensor, str]:
-    """The gate [experts, d] in float32, and the mode that made it (`auto` chooses between two, of those that give one).
+def build_gate(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec) -> tuple[LinearGate, str]:
+    """The gate, without a bias, and the mode that made it (`auto` chooses between two, of those that give one).
 
     Raises UserError for experts without prompts, with equal prompts, or whose negative prompts cancel the positive ones.
     """
@@ -187,7 +207,7 @@ def build_gate(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec
         return candidates[best], best
 
 
-def knowledge(reader: Reader, experts: Sequence[ExpertSpec], gate: torch.Tensor, span: str) -> tuple[float, float]:
+def knowledge(reader: Reader, experts: Sequence[ExpertSpec], gate: Gate, span: str) -> tuple[float, float]:
     """How well a gate knows the prompts that it was made from; what every `auto` maximises.
 
     The share of prompts that reach their own expert (the mean over experts) comes first, and then the smallest lead of the own logit: by
@@ -232,11 +252,11 @@ def best_layer(model: Any, tokenizer: Any, experts: Sequence[ExpertSpec], router
     return max(found, key=found.__getitem__)
 
 
-def _build(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec, mode: str) -> torch.Tensor:
+def _build(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec, mode: str) -> LinearGate:
     import torch
 
     if mode in WITHOUT_PROMPTS:
-        return torch.stack([_random_row(router.seed, expert.name, reader.width, mode) for expert in experts])
+        return LinearGate(torch.stack([_random_row(router.seed, expert.name, reader.width, mode) for expert in experts]))
     layer = 0 if mode == "cheap_embed" else None
     rows = []
     for expert in experts:
@@ -247,7 +267,7 @@ def _build(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec, mo
                 f"expert '{expert.name}': its negative prompts cancel the positive ones, the gate row is zero. Change its prompts."
             )
         rows.append(row)
-    return torch.stack(rows)
+    return LinearGate(torch.stack(rows))
 
 
 def _random_row(seed: int, name: str, width: int, mode: str) -> torch.Tensor:
@@ -273,7 +293,7 @@ def _check_prompts(experts: Sequence[ExpertSpec], router: RouterSpec) -> None:
             raise UserError(f"experts '{twin}' and '{expert.name}' have the same prompts, so no router can tell them apart. Change one.")
 
 
-def prompt_logits(reader: Reader, experts: Sequence[ExpertSpec], gate: torch.Tensor, span: str) -> list[torch.Tensor]:
+def prompt_logits(reader: Reader, experts: Sequence[ExpertSpec], gate: Gate, span: str) -> list[torch.Tensor]:
     """Router logits [prompts, experts] of every expert's own positive prompts, read as at routing time."""
     return [reader.logits(expert.positive, gate, span) for expert in experts]
 

@@ -13,17 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from modelglue.checkpoint import open_checkpoint
 from modelglue.errors import CheckpointError, UserError
 from modelglue.mixture.diagnostics import SelfTest, self_test
 from modelglue.mixture.folder import ROUTER, Manifest, read_manifest
+from modelglue.mixture.gates import Gate
 from modelglue.mixture.router import Reader, winner
 from modelglue.models import LiveTextModel, load_live, load_tokenizer
-
-if TYPE_CHECKING:
-    import torch
 
 R = TypeVar("R")
 
@@ -53,7 +51,7 @@ class Mixture:
     keeps the N that were used last. Memory: the resident experts, and the encoder where it is none of them.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, gate: torch.Tensor, residency: str) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, gate: Gate, residency: str) -> None:
         self.directory = directory
         self.manifest = manifest
         self.gate = gate
@@ -84,7 +82,8 @@ class Mixture:
     def identity(self) -> str:
         """SHA-256 of all that its answers depend on: experts, gate, and how it routes."""
         value = [
-            [expert.identity for expert in self.manifest.experts], self.manifest.encoder_identity, self.gate.tolist(),
+            [expert.identity for expert in self.manifest.experts], self.manifest.encoder_identity,
+            {name: value.tolist() for name, value in self.gate.tensors().items()},
             self.manifest.router_layer, self.manifest.route_span,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(value).encode()).hexdigest()
@@ -103,15 +102,15 @@ class Mixture:
         else:
             checkpoint = open_checkpoint(reference, relative_to=self.directory)
             reader = Reader(load_live(checkpoint), load_tokenizer(checkpoint), self.manifest.router_layer)
-        if reader.width != self.gate.shape[1]:
+        if reader.width != self.gate.width:
             raise CheckpointError(
-                f"{self.directory / ROUTER}: gate rows have {self.gate.shape[1]} values, the encoder's states {reader.width}. "
+                f"{self.directory / ROUTER}: gate rows have {self.gate.width} values, the encoder's states {reader.width}. "
                 "Make the mixture again."
             )
         return reader
 
     def route(self, texts: Sequence[str]) -> list[Route]:
-        """The decision for every text: softmax over gate * pooled state, the largest wins, ties go to the lower number.
+        """The decision for every text: softmax over the gate's logits of the pooled state, the largest wins, ties go to the lower number.
 
         A text without any token goes to expert 0.
         """

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 from modelglue.errors import UserError, did_you_mean
 
 GateMode = Literal["hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "auto"]
+MadeFrom = Literal["hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "auto", "scores"]
 #: names of experts become folder names
 EXPERT_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 ROUTE_SPAN = r"prompt|full|first:[1-9][0-9]*"
