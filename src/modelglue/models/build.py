@@ -10,18 +10,20 @@ from typing import Any
 from modelglue.errors import CheckpointError
 
 
-def empty_model(config: Mapping[str, Any], label: str, *, meta: bool = False) -> Any:
-    """A model of the class that the config names, in float32 and evaluation mode, with uninitialised weights.
+def empty_model(config: Mapping[str, Any], label: str, *, meta: bool = False, dtype: str = "float32") -> Any:
+    """A model of the class that the config names, in evaluation mode, with uninitialised weights of one dtype.
 
     A config that names no class of transformers' own (`architectures`) gives the causal language model of its type. With `meta` no
-    memory is allocated for weights. Code that comes with a model is never run: CheckpointError for a config whose class transformers
-    does not have, or that its class cannot be built from.
+    memory is allocated for weights. What a class wants in float32 whatever its weights are (rotary frequencies) stays so. Code that
+    comes with a model is never run: CheckpointError for a config whose class transformers does not have, or that its class cannot be
+    built from.
     """
     # Models are described by configs at hand; nothing here has a reason to ask the hub.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    precision = getattr(torch, dtype)
     values = dict(config)
     kind = values.pop("model_type", None)
     if kind is None:
@@ -31,9 +33,9 @@ def empty_model(config: Mapping[str, Any], label: str, *, meta: bool = False) ->
         with torch.device("meta") if meta else nullcontext(), _without_initialisation():
             named = _named_class(config, parsed)
             if named is not None:
-                model = named._from_config(parsed, dtype=torch.float32)
+                model = named._from_config(parsed, dtype=precision)
             else:
-                model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, trust_remote_code=False)
+                model = AutoModelForCausalLM.from_config(parsed, dtype=precision, trust_remote_code=False)
     except Exception as error:  # a foreign config goes through foreign code: anything may be raised
         raise CheckpointError(
             f"{label}: transformers cannot build model_type {kind!r} from its config: {error}. Restore the model's config.json."

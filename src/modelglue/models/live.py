@@ -31,14 +31,9 @@ def load_live(checkpoint: Checkpoint, *, dtype: str | None = None) -> Any:
     Weights are float32 unless `dtype` says otherwise ("bfloat16"). The ids that end a text are those of generation_config.json. Memory:
     the model plus one chunk of each input. Raises CheckpointError when config and weights do not fit each other.
     """
-    import torch
-
-    model = _empty(checkpoint)
-    if dtype is not None:
-        model = model.to(getattr(torch, dtype))
+    model = empty_for(checkpoint, dtype=dtype or "float32")
     load_into(checkpoint, model)
-    if (ends := _end_ids(checkpoint)) is not None:
-        model.generation_config.eos_token_id = ends
+    set_ends(checkpoint, model)
     return model
 
 
@@ -52,7 +47,7 @@ def load_into(checkpoint: Checkpoint, model: Any, *, keep: Container[str] = ()) 
     """
     import torch
 
-    steps = _fitting_steps(checkpoint, model)
+    steps = fitting_steps(checkpoint, model)
     places: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     seen: dict[int, str] = {}
     plain: list[tuple[str, torch.Tensor]] = []
@@ -77,7 +72,13 @@ def load_into(checkpoint: Checkpoint, model: Any, *, keep: Container[str] = ()) 
 
 def check_fit(checkpoint: Checkpoint) -> None:
     """Raise the CheckpointError that loading would raise for config, names or shapes. Reads headers only, allocates nothing."""
-    _fitting_steps(checkpoint, _empty(checkpoint, meta=True))
+    fitting_steps(checkpoint, empty_for(checkpoint, meta=True))
+
+
+def set_ends(checkpoint: Checkpoint, model: Any) -> None:
+    """The model ends its texts with the ids of the checkpoint's generation_config.json, where that names any."""
+    if (ends := _end_ids(checkpoint)) is not None:
+        model.generation_config.eos_token_id = ends
 
 
 def _end_ids(checkpoint: Checkpoint) -> int | list[int] | None:
@@ -95,15 +96,16 @@ def _end_ids(checkpoint: Checkpoint) -> int | list[int] | None:
     raise CheckpointError(f"{place}: eos_token_id is {ends!r}; allowed is an id or a list of ids. Restore the file.")
 
 
-def _empty(checkpoint: Checkpoint, *, meta: bool = False) -> Any:
+def empty_for(checkpoint: Checkpoint, *, meta: bool = False, dtype: str = "float32") -> Any:
+    """The `empty_model` of a checkpoint's config. CheckpointError where the config claims more layers than there are tensors."""
     config, tensors = checkpoint.config, len(checkpoint.names())
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > tensors:  # building them would take for ever
         raise CheckpointError(f"{checkpoint!r}: its config claims {layers:,} layers, but it has only {tensors:,} tensors.")
-    return empty_model(config, repr(checkpoint), meta=meta)
+    return empty_model(config, repr(checkpoint), meta=meta, dtype=dtype)
 
 
-def _fitting_steps(checkpoint: Checkpoint, model: Any) -> list[Step]:
+def fitting_steps(checkpoint: Checkpoint, model: Any) -> list[Step]:
     """How the checkpoint gets into the model; CheckpointError for a tensor without place, a place without tensor, or a wrong shape."""
     tensors = [(name, checkpoint.info(name).shape) for name in checkpoint.names()]
     known = _STEPS.get(model)
