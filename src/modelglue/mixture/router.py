@@ -85,6 +85,10 @@ class Reader:
         layer = self._layer if layer is None else layer
         return self._encode(self._ids(prompts, "prompt"), [layer])[layer]
 
+    def encode_each(self, prompts: Sequence[str], layers: Sequence[int]) -> dict[int, Encoded]:
+        """`encode` at several layers, by one pass through the encoder up to the last of them."""
+        return self._encode(self._ids(prompts, "prompt"), layers)
+
     def logits(self, texts: Sequence[str], gate: Gate, span: str) -> torch.Tensor:
         """What the router thinks of each text: the gate on the mean over the text's real positions, [texts, experts].
 
@@ -256,7 +260,7 @@ def _build(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec, mo
     import torch
 
     if mode in WITHOUT_PROMPTS:
-        return LinearGate(torch.stack([_random_row(router.seed, expert.name, reader.width, mode) for expert in experts]))
+        return LinearGate(torch.stack([random_row(router.seed, expert.name, reader.width, mode) for expert in experts]))
     layer = 0 if mode == "cheap_embed" else None
     rows = []
     for expert in experts:
@@ -270,7 +274,8 @@ def _build(reader: Reader, experts: Sequence[ExpertSpec], router: RouterSpec, mo
     return LinearGate(torch.stack(rows))
 
 
-def _random_row(seed: int, name: str, width: int, mode: str) -> torch.Tensor:
+def random_row(seed: int, name: str, width: int, mode: str) -> torch.Tensor:
+    """A row of `random` or `uniform_random`: float32 [width], a function of seed and name."""
     import torch
 
     state = int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8], "little", signed=True)
