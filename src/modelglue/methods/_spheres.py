@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from modelglue.methods._sums import block_dots, total
+from modelglue.methods._sums import block_grams, pairs, total
+from modelglue.methods.registry import Round
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,23 +21,32 @@ _ONE_LINE = 1e-6
 Gram = list[list[float]]
 
 
-def gather_dots(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> list[list[float]]:
-    """Inner products of every pair of models (of their task vectors where there is a base), one float64 number per block."""
-    vectors = models if base is None else [model - base for model in models]
-    return block_dots(vectors, _pairs(len(models)))
+def dots_round(
+    combine: Callable[..., Any], *, with_base: bool = False, quick: bool = False, note: Callable[[Any], str | None] | None = None
+) -> Round:
+    """The round that takes inner products of every pair of models: of their task vectors where there is a base, of base and models as
+    they are `with_base`, the base first. `combine` makes something of them with `gram_of`. For `quick` see `block_grams`.
+    """
+    return Round(partial(_dots, with_base, quick), combine, note=note, sound=_finite)
+
+
+def _dots(
+    with_base: bool, quick: bool, models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]
+) -> list[list[float]]:
+    return block_grams([base, *models], None, quick=quick) if with_base else block_grams(models, base, quick=quick)
+
+
+def _finite(dots: list[list[float]]) -> bool:
+    return all(math.isfinite(block) for blocks in dots for block in blocks)
 
 
 def gram_of(partials: Sequence[list[list[float]]]) -> Gram:
-    """The matrix of inner products [n, n] from what `gather_dots` gave."""
+    """The matrix of inner products [n, n] from what the round gave."""
     n = (math.isqrt(8 * len(partials[0]) + 1) - 1) // 2 if partials else 0
     gram = [[0.0] * n for _ in range(n)]
-    for number, (i, j) in enumerate(_pairs(n)):
+    for number, (i, j) in enumerate(pairs(n)):
         gram[i][j] = gram[j][i] = total([partial[number] for partial in partials])
     return gram
-
-
-def _pairs(n: int) -> list[tuple[int, int]]:
-    return [(i, j) for i in range(n) for j in range(i, n)]
 
 
 def lengths(gram: Gram) -> list[float]:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from modelglue.methods._spheres import gather_dots, gram_of, lengths, norm
+from modelglue.methods._spheres import dots_round, gram_of, lengths, norm
 from modelglue.methods._task_vectors import weighted_sum
-from modelglue.methods.registry import Range, Round, method
+from modelglue.methods.registry import Range, method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +61,7 @@ def _opposite(coefficients: list[float] | None) -> str | None:
 
 
 @method(
-    survey=[Round(gather_dots, _coefficients, note=_opposite)],
+    survey=[dots_round(_coefficients, note=_opposite)],
     without_effect=("weight",),
     source="arXiv 2603.04972; the mean itself is classical (Karcher 1977)",
 )

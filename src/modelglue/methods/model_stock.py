@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from modelglue.methods._spheres import gather_dots, gram_of, lengths
+from modelglue.methods._spheres import dots_round, gram_of, lengths
 from modelglue.methods._task_vectors import add_scaled
 from modelglue.methods.registry import Round, Unit, method
 
@@ -45,7 +45,7 @@ def _unit(parameters: Mapping[str, Any]) -> Unit:
 
 
 def _rounds(parameters: Mapping[str, Any]) -> list[Round]:
-    return [] if parameters["filter_wise"] else [Round(gather_dots, _ratio, note=_opposed)]
+    return [] if parameters["filter_wise"] else [dots_round(_ratio, quick=True, note=_opposed)]
 
 
 @method(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from modelglue.methods._spheres import gather_dots, gram_of, lengths, norm
+from modelglue.methods._spheres import dots_round, gram_of, lengths, norm
 from modelglue.methods._task_vectors import add_scaled, weighted_sum
-from modelglue.methods.registry import CannotMergeError, PerModel, Range, Round, method
+from modelglue.methods.registry import CannotMergeError, PerModel, Range, method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ def _coefficients(partials: Sequence[Any], known: Any, numel: int, parameters: M
     return weight
 
 
-@method(survey=[Round(gather_dots, _coefficients)], check=_weights_do_not_cancel, source="mergekit's own, no paper")
+@method(survey=[dots_round(_coefficients)], check=_weights_do_not_cancel, source="mergekit's own, no paper")
 def multislerp(
     models: Sequence[Tensor],
     base: Tensor | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from modelglue.methods._spheres import arcs, gather_dots, gram_of, lengths
+from modelglue.methods._spheres import arcs, dots_round, gram_of, lengths
 from modelglue.methods._task_vectors import add_scaled, weighted_sum
 from modelglue.methods.registry import PerModel, Round, Unit, method
 
@@ -52,7 +52,7 @@ def _unit(parameters: Mapping[str, Any]) -> Unit:
 
 def _rounds(parameters: Mapping[str, Any]) -> list[Round]:
     if parameters["nuslerp_flatten"]:
-        return [Round(gather_dots, _flat)]
+        return [dots_round(_flat)]
     return [Round(_gather_columns, _columns, unit="channel", fold=_add)] if parameters["nuslerp_row_wise"] else []
 
 

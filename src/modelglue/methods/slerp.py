@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from modelglue.methods._sums import block_dots, total
+from modelglue.methods._spheres import dots_round, gram_of, lengths
 from modelglue.methods._task_vectors import weighted_sum
-from modelglue.methods.registry import Round, method
+from modelglue.methods.registry import method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,22 +17,19 @@ _NEARLY_PARALLEL = 0.9995
 _NO_LENGTH = 1e-8
 
 
-def _dots(models: Any, base: Any, uniform: Any, known: Any, start: int, parameters: Mapping[str, Any]) -> Any:
-    return block_dots([base, models[0]], [(0, 0), (1, 1), (0, 1)])
-
-
 def _angle(partials: Sequence[Any], known: Any, numel: int, parameters: Mapping[str, Any]) -> float | None:
     """The angle between the two whole tensors, or None where the arc degenerates to a line."""
-    base, model = (math.sqrt(total([partial[i] for partial in partials])) for i in (0, 1))
+    gram = gram_of(partials)
+    base, model = lengths(gram)
     if base < _NO_LENGTH or model < _NO_LENGTH:
         return None
-    cosine = total([partial[2] for partial in partials]) / (base * model)
+    cosine = gram[0][1] / (base * model)
     return None if abs(cosine) > _NEARLY_PARALLEL else math.acos(cosine)
 
 
 @method(
     raw=True,
-    survey=[Round(_dots, _angle)],
+    survey=[dots_round(_angle, with_base=True, quick=True)],
     models=(1, 1),
     symmetric=False,
     source="classical quaternion interpolation; no paper for merging",

@@ -367,9 +367,12 @@ class Engine:
             part = unit_shape(round_.unit, info.shape)
             shape = {"element": None, "matrix": info.shape}.get(round_.unit, (-1, *part))
             for start, stop in _survey_chunks(info.numel, math.prod(part), begin, wanted):
-                models, base, uniform = self._inputs(name, start, stop, shape)
+                raw = round_.sound is not None
+                models, base, uniform = self._inputs(name, start, stop, shape, raw=raw, check=not raw)
                 with device.there():
                     partial = round_.gather(models, base, uniform, known, begin + start, parameters)
+                if round_.sound is not None and not round_.sound(partial):
+                    self._load(name, start, stop, raw=False, check=True)
                 if round_.fold is not None and partials:
                     partials[0] = round_.fold(partials[0], partial)
                 else:

@@ -42,7 +42,9 @@ class Round:
     the chunks to visit; default: all. Scope "tensor" runs it for one tensor, "model" once over all tensors laid end to end in
     the order of their names. With another `unit` the chunks are whole rows or channels (or the tensor), in the shape in which
     the merge gets them; `ranges` are widened to them. `fold(so far, next)` joins partial results as they come, where keeping
-    all of them would take much memory; `combine` then gets one (or none). `note(result)`: what a user should be warned of.
+    all of them would take much memory; `combine` then gets one (or none). `note(result)`: what a user should be warned of. With
+    `sound` (unit "element" only) `gather` takes the chunks as they are stored, and `sound(partial)` says whether its result shows that
+    all of them were numbers; where it does not, the engine looks at each.
     """
 
     gather: Callable[..., Any]
@@ -52,6 +54,7 @@ class Round:
     unit: Unit = "element"
     fold: Callable[[Any, Any], Any] | None = None
     note: Callable[[Any], str | None] | None = None
+    sound: Callable[[Any], bool] | None = None
 
 
 class MergeFunction(Protocol):
