@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from modelglue.evaluation import CandidateEvaluator
+from modelglue.evaluation.places import Place
 from modelglue.recipe import Candidate
 from modelglue.search import SearchReport, run_study
 from modelglue.search.settings import BudgetSettings, FitnessSettings, SearcherSettings
@@ -69,7 +70,7 @@ def main() -> None:
     store = options.store or Path(tempfile.mkdtemp()) / "scores.sqlite"
     print(f"| searcher | racing | {' | '.join(f'test at {budget}' for budget in budgets)} | items | given up | area |")
     print(f"|---|---|{'---|' * (len(budgets) + 3)}")
-    with bench.scoring(store, 1) as evaluators:
+    with bench.scoring(store, Place(workers=1)) as evaluators:
         proxy, test = evaluators["proxy"], evaluators["test"]
         uniform = test.evaluate(Candidate.linear(dict.fromkeys(bench.settings.members, 1.0))).mean
         singles = {alias: test.evaluate(Candidate.single(alias)).mean for alias in bench.settings.members}

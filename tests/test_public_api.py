@@ -53,13 +53,13 @@ OPTIONS = {
     "extract-lora": "--model --base --out --rank --energy --sv-epsilon --include --exclude --embed-lora --skip-others --scale-in-a --exact "
     "--dtype --base-name --workers --overwrite --json --quiet",
     "merge-adapters": "ADAPTERS --out --weights --mode --density --majority-sign --rank --clamp --seed --dtype --overwrite --json --quiet",
-    "search run": "--source --out --workers --store --quiet --json",
-    "search resume": "--out --workers --store --quiet --json",
+    "search run": "--source --out --workers --device --executor --store --quiet --json",
+    "search resume": "--out --workers --device --executor --store --quiet --json",
     "search report": "--out --quiet --json",
     "search export": "--out --candidate --best --csv --optuna --tensorboard --workers --overwrite --quiet --json",
     "recommend": "--zoo --base --json --quiet",
     "similarity": "MODELS --zoo --mode --scope --base --threshold --linkage --out --overwrite --json --quiet",
-    "eval": "MODELS --tasks --include --store --json --quiet",
+    "eval": "MODELS --tasks --include --store --device --json --quiet",
     "generate": "--model PROMPTS --max-new-tokens --until --json --quiet",
     "report": "--run --json --quiet",
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from modelglue.evaluation import ScoreStore, evaluate, score_text_model
+from modelglue.evaluation import ResidentModel, ScoreStore, evaluate, score_text_model
 from modelglue.evaluation.tasks import TaskSet
 from modelglue.mixture import ExpertSpec, Mixture, RouterSpec, write_mixture
 from modelglue.recipe import Scores, interval, paired_interval
@@ -87,6 +87,25 @@ def test_one_model_is_compared_with_nothing(run: Run, tasks: Path) -> None:
     found = run("eval", STRANGER, "--tasks", "double_proxy", "--include", tasks)
     assert found.out.splitlines()[0].split() == ["model", "double", "mean", "95", "%", "interval"]
     assert "against" not in found.out
+
+
+def test_on_a_device(run: Run, tasks: Path, mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor as a device answers as the processor; it is where the model is sent."""
+    sent: list[str | None] = []
+    make = ResidentModel.__init__
+
+    def noting(self: ResidentModel, device: str | None = None) -> None:
+        sent.append(device)
+        make(self, device)
+
+    monkeypatch.setattr(ResidentModel, "__init__", noting)
+    plain, there = (run("eval", REVERSE, *TASKS, "--include", tasks, "--json", *more).out for more in ((), ("--device", "cpu:sim")))
+    assert plain == there != ""
+    assert sent == [None, "cpu"]
+    assert "sees no such device here" in run("eval", REVERSE, *TASKS, "--include", tasks, "--device", "cuda:9").err
+    assert (
+        "is a mixture, and mixtures are scored on the processor" in run("eval", mixture, *TASKS, "--include", tasks, "--device", "cuda").err
+    )
 
 
 def test_a_named_metric(run: Run, tasks: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,20 @@ def test_faults_name_their_place(run: Run, home: Path, change: dict[str, Any], w
     assert not (home / "never" / "search.sqlite").exists()
 
 
+def test_places_that_are_none(run: Run, home: Path, done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for options, said in (
+        (("--device", "cuda:9"), "device 'cuda:9': torch"),
+        (("--executor", "slurm"), "Allowed are local, ray and ray://HOST:PORT."),
+        (("--executor", "ray://head:10001"), "pip install 'modelglue[ray]'"),
+    ):
+        for command in (("run", home / "search.yaml", home / "nowhere"), ("resume", done)):
+            found = run("search", *command, *options)
+            assert found.code == 2
+            assert said in found.err
+    assert not (home / "nowhere").exists()
+
+
 def test_no_search_is_an_error(run: Run, tmp_path: Path) -> None:
     for command in ("resume", "report", "export"):
         assert run("search", command, tmp_path).code == 2
@@ -195,7 +210,5 @@ def test_a_configuration_of_mergenetic_is_read(tmp_path: Path) -> None:
     assert file.searcher.options == {"population": 7, "generations": 5, "objectives": "all"}
     assert (file.seed, file.dtype.store, file.tasks.test) == (42, "float16", ())
     assert {note.partition(":")[0] for note in found.notes} >= {"device", "mode gmpirt", "tasks.test"}
-    plan = {**plan, "models": ["org/ita"], "tasks": ["arc_it"]}
-    assert read_search(write_yaml(tmp_path / "m.yaml", plan)).file.space.method == "slerp"
-    with pytest.raises(RecipeError, match=r"m.yaml:7: tasks: names no task"):
+    with pytest.raises(RecipeError, match=r"m.yaml:8: tasks: names no task"):
         read_search(write_yaml(tmp_path / "m.yaml", {**plan, "tasks": None}))

@@ -8,14 +8,18 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from modelglue.checkpoint import Checkpoint, open_checkpoint
 from modelglue.errors import MergeError, RunError, UserError
 from modelglue.evaluation import CandidateEvaluator, ScoreStore, TaskSet, crew
 from modelglue.evaluation.crew import Outcome, Unit
+from modelglue.evaluation.members import Members
+from modelglue.evaluation.places import Place
 from modelglue.recipe import Candidate, Plan, Scores
 from tests.small_zoo import TINY_ZOO, write_tasks
 
@@ -105,7 +109,82 @@ def others_are_fine(found: Mapping[int, Scores]) -> Scores:
 def test_a_worker_that_dies(models: Mapping[str, Checkpoint], tasks: TaskSet, monkeypatch: pytest.MonkeyPatch) -> None:
     patched(monkeypatch, VICTIM, lambda: os.kill(os.getpid(), signal.SIGKILL))
     lost = others_are_fine(scored(models, tasks, 2)[0])
-    assert (lost.status, lost.error) == ("failed", f"{VICTIM}: the worker process died, probably for want of memory.")
+    assert (lost.status, lost.error) == ("failed", f"{VICTIM}: the worker process died twice, probably for want of memory.")
+
+
+def test_what_a_dead_worker_was_doing_is_done_once_more(
+    models: Mapping[str, Checkpoint], tasks: TaskSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Anything may have killed it: who else is on the machine, or the one who looks for memory."""
+    do = crew.Worker.do
+
+    def dying(self: crew.Worker, unit: Unit) -> Outcome:
+        if unit[0].describe() == VICTIM and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return do(self, unit)
+
+    expected = scored(models, tasks, 1)
+    monkeypatch.setattr(crew.Worker, "do", dying)
+    assert scored(models, tasks, 2) == expected
+    assert (tmp_path / "died").exists()
+
+
+def test_devices_are_given_out_in_turn(models: Mapping[str, Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew.Worker, "do", lambda self, _unit: RuntimeError(self._resident._device))
+    for devices, expected in ((("cpu", "cpu:0"), ["cpu", "cpu:0", "cpu"]), ((), ["None"] * 3)):
+        processes = crew.Processes(Members(models), 3, devices)
+        for lane in range(3):
+            processes.give(lane, (Candidate.single("reverse"), "key", []))
+        found: dict[int, str] = {}
+        while len(found) < 3:
+            found |= {lane: str(outcome) for lane, outcome in processes.wait(None)}
+        processes.close()
+        assert [found[lane] for lane in range(3)] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "expected"),
+    [
+        ("cuda", 3, ("cuda:0", "cuda:1", "cuda:2")), ("cuda", 1, ("cuda",)), ("cuda:1", 3, ("cuda:1",)),
+        ("cuda:0,cuda:2", 3, ("cuda:0", "cuda:2")), ("cpu", 3, ()), ("cpu:sim", 3, ("cpu",)),
+    ],
+)  # fmt: skip
+def test_a_kind_of_device_is_all_of_its_kind(text: str, count: int, expected: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = SimpleNamespace(device_count=lambda: count, is_available=lambda: True)
+    monkeypatch.setattr(torch, "get_device_module", lambda _kind: fake)
+    place = Place.named(device=text)
+    assert place.devices == tuple(expected)
+    assert place.device == (expected[0] if expected else None)
+
+
+def test_one_worker_for_every_device(models: Mapping[str, Checkpoint], tasks: TaskSet) -> None:
+    """The processor is the device here, and answers as ever."""
+    members = Members(models)
+    with Place(devices=("cpu",)).crew(members) as none, Place().crew(members) as neither:
+        assert none is neither is None
+    with Place(devices=("cpu", "cpu:0")).crew(members) as two, ScoreStore(":memory:") as store:
+        assert isinstance(two, crew.Processes)
+        assert two.lanes == 2
+        found = dict(CandidateEvaluator(models, tasks, store, crew=two).evaluate_many(requests()))
+    with Place(workers=3, devices=("cpu",)).crew(members) as three:
+        assert three is not None
+        assert three.lanes == 3
+    assert found == scored(models, tasks, 1)[0]
+
+
+def test_places_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="executor 'slurm': there is none of this name"):
+        Place.named(executor="slurm")
+    with pytest.raises(UserError, match=r"device 'cuda:7': torch .* sees (no such device|\d of this kind) here"):
+        Place.named(device="cuda:7")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "ray", None)
+        with pytest.raises(UserError, match=r"Ray is not installed\. Install it with: pip install 'modelglue\[ray\]'"):
+            Place.named(executor="ray://head:10001")
+    pytest.importorskip("ray")
+    with pytest.raises(UserError, match=r"device 'mps' and executor 'ray': allowed on a cluster are cpu, and cuda for one GPU each"):
+        Place.named(device="mps", executor="ray")
 
 
 def test_a_worker_that_hangs_is_ended(models: Mapping[str, Checkpoint], tasks: TaskSet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ def evaluate(
     tasks: Annotated[list[str], Parameter(consume_multiple=True, negative=())],
     include: Path | None = None,
     store: Path | None = None,
+    device: str = "cpu",
     json: Annotated[bool, Parameter(negative=())] = False,
     quiet: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
@@ -39,11 +40,14 @@ def evaluate(
         Folder with task YAML files of your own.
     store
         SQLite file in which every item's score is remembered; a second call scores nothing.
+    device
+        Where models are scored: cpu, cuda, cuda:1, mps or another device of torch. Mixtures: cpu.
     json
         Print scores of every item as JSON.
     quiet
         No progress.
     """
+    from modelglue.checkpoint import Checkpoint
     from modelglue.cli.console import print_json, print_table, print_warnings, stdout
     from modelglue.cli.opening import open_model
     from modelglue.errors import UserError
@@ -54,9 +58,13 @@ def evaluate(
     if not tasks:
         raise UserError("give at least one task: --tasks NAME, or --tasks NAME:METRIC.")
     opened = {model: open_model(model) for model in models}  # all of them first, so that a wrong name costs nothing
+    if device != "cpu" and (mixtures := [model for model, found in opened.items() if not isinstance(found, Checkpoint)]):
+        raise UserError(f"{mixtures[0]}: is a mixture, and mixtures are scored on the processor. Leave --device out.")
     task_set = TaskSet.load(tasks, include)
     with ScoreStore(":memory:" if store is None else store) as scores_file:
-        found = {model: _scores(model, checkpoint, task_set, scores_file, quiet=quiet or json) for model, checkpoint in opened.items()}
+        found = {
+            model: _scores(model, checkpoint, task_set, scores_file, device, quiet=quiet or json) for model, checkpoint in opened.items()
+        }
     if json:
         print_json({model: _summary(scores) for model, scores in found.items()})
         return
@@ -65,7 +73,7 @@ def evaluate(
     print_warnings(console, [f"{model}: {warning}" for model, scores in found.items() for warning in scores.warnings])
 
 
-def _scores(name: str, model: Checkpoint | Mixture, task_set: TaskSet, store: ScoreStore, *, quiet: bool) -> Scores:
+def _scores(name: str, model: Checkpoint | Mixture, task_set: TaskSet, store: ScoreStore, device: str, *, quiet: bool) -> Scores:
     from modelglue.checkpoint import Checkpoint
     from modelglue.cli.console import item_progress
     from modelglue.evaluation import evaluate as score
@@ -74,7 +82,7 @@ def _scores(name: str, model: Checkpoint | Mixture, task_set: TaskSet, store: Sc
     total = sum(len(items) for items in task_set.skills.values())
     with item_progress(name, total, quiet=quiet) as advance:
         if isinstance(model, Checkpoint):
-            return score(model, task_set, store=store, on_batch=advance)
+            return score(model, task_set, store=store, on_batch=advance, device=device)
         return score_text_model(model, model.identity, task_set, store, description=name, on_batch=advance)
 
 

@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 
 search = App(name="search", help="Search members, coefficients and layers by scoring candidates that are merged in memory.")
 
-Workers = Annotated[int, Parameter(validator=Number(gte=1))]
+Workers = Annotated[int | None, Parameter(validator=Number(gte=1))]
 Flag = Annotated[bool, Parameter(negative=())]
 
 
 @search.command
-def run(source: Path, out: Path, *, workers: Workers = 1, store: Path | None = None, quiet: Flag = False, json: Flag = False) -> None:
+def run(
+    source: Path, out: Path, *, workers: Workers = None, device: str = "cpu", executor: str = "local", store: Path | None = None,
+    quiet: Flag = False, json: Flag = False,
+) -> None:  # fmt: skip
     """Search as a file says; a search that is in the folder already goes on.
 
     Parameters
@@ -28,7 +31,11 @@ def run(source: Path, out: Path, *, workers: Workers = 1, store: Path | None = N
     out
         Folder of the search: its journal, scores, result and report.
     workers
-        Processes that score candidates; they change no result.
+        Processes that score candidates; they change no result. Default: one per device.
+    device
+        Where models are scored: cpu, cuda (every GPU, one worker each), cuda:0,cuda:1, mps or another device of torch.
+    executor
+        Where workers run: local (this machine), ray or ray://HOST:PORT (a Ray cluster on a shared disk; needs modelglue[ray]).
     store
         File of scores that several searches share. Default: one in the folder.
     quiet
@@ -46,11 +53,18 @@ def run(source: Path, out: Path, *, workers: Workers = 1, store: Path | None = N
     from modelglue.cli.progress import search_progress
 
     with search_progress(found.file.budget.model_dump(), quiet=quiet or json) as listener:
-        _show(run_search(source, out, workers=workers, store=store, on_event=listener), quiet=quiet, json=json)
+        _show(
+            run_search(source, out, workers=workers, device=device, executor=executor, store=store, on_event=listener),
+            quiet=quiet,
+            json=json,
+        )
 
 
 @search.command
-def resume(out: Path, *, workers: Workers = 1, store: Path | None = None, quiet: Flag = False, json: Flag = False) -> None:
+def resume(
+    out: Path, *, workers: Workers = None, device: str = "cpu", executor: str = "local", store: Path | None = None, quiet: Flag = False,
+    json: Flag = False,
+) -> None:  # fmt: skip
     """Go on with a search that was interrupted; nothing that was scored is scored again.
 
     Parameters
@@ -58,7 +72,11 @@ def resume(out: Path, *, workers: Workers = 1, store: Path | None = None, quiet:
     out
         Folder of the search.
     workers
-        Processes that score candidates; they change no result.
+        Processes that score candidates; they change no result. Default: one per device.
+    device
+        Where models are scored: cpu, cuda (every GPU, one worker each), cuda:0,cuda:1, mps or another device of torch.
+    executor
+        Where workers run: local (this machine), ray or ray://HOST:PORT (a Ray cluster on a shared disk; needs modelglue[ray]).
     store
         File of scores that was given when the search began.
     quiet
@@ -70,7 +88,7 @@ def resume(out: Path, *, workers: Workers = 1, store: Path | None = None, quiet:
     from modelglue.studies import resume_search
 
     with search_progress({}, quiet=quiet or json) as listener:
-        _show(resume_search(out, workers=workers, store=store, on_event=listener), quiet=quiet, json=json)
+        _show(resume_search(out, workers=workers, device=device, executor=executor, store=store, on_event=listener), quiet=quiet, json=json)
 
 
 @search.command

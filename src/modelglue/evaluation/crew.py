@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, TypeAlias
 
@@ -36,7 +36,11 @@ class Crew(Protocol):
 
     def give(self, lane: int, unit: Unit) -> None: ...
     def wait(self, timeout: float | None) -> Iterator[tuple[int, Outcome]]:
-        """Lanes that have finished, as soon as there is one; none when the time is over. WorkerDiedError where a lane has died."""
+        """Lanes that have finished, as soon as there is one; none when the time is over.
+
+        What a dead worker was doing is done once more by a fresh one, as anything may have killed it. WorkerDiedError as the outcome where
+        that one dies too: then it is the unit.
+        """
 
     def renew(self, lane: int) -> None:
         """End whatever the lane does, and have a fresh one in its place."""
@@ -56,43 +60,52 @@ class Worker:
         try:
             return answer(self._resident.holding(self._members.expression(candidate), key), questions)
         except Exception as error:  # whatever it is, the caller decides what it means for the candidate
-            return _portable(error)
+            return portable(error)
 
 
 class Processes:
     """Lanes that are processes of this machine, started when they are first needed and alive until `close`.
 
-    They are forked where that is safe and cheap (Linux, no CUDA context in this process). A lane ends with its parent.
+    `devices` are given to them in turn (default: the processor). They are forked where that is safe and cheap (Linux, and no accelerator
+    anywhere). A lane ends with its parent.
     """
 
-    def __init__(self, members: Members, lanes: int, device: str | None = None) -> None:
+    def __init__(self, members: Members, lanes: int, devices: Sequence[str] = ()) -> None:
         self.lanes = lanes
         self._members = members
-        self._device = device
+        self._devices = tuple(devices)
         self._running: dict[int, tuple[Any, Connection]] = {}
-        self._busy: set[int] = set()
+        self._units: dict[int, Unit] = {}
+        self._died: set[int] = set()
 
     def give(self, lane: int, unit: Unit) -> None:
         if lane not in self._running:
             self._running[lane] = self._started(lane)
-        self._busy.add(lane)
+        self._units[lane] = unit
         with contextlib.suppress(BrokenPipeError):  # it has died: `wait` finds that out
             self._running[lane][1].send(unit)
 
     def wait(self, timeout: float | None) -> Iterator[tuple[int, Outcome]]:
-        lanes: Mapping[Any, int] = {self._running[lane][1]: lane for lane in sorted(self._busy)}
+        lanes: Mapping[Any, int] = {self._running[lane][1]: lane for lane in sorted(self._units)}
         for connection in wait(list(lanes), timeout):
             lane = lanes[connection]
             try:
                 outcome: Outcome = self._running[lane][1].recv()
             except (EOFError, OSError):
+                unit, again = self._units[lane], lane not in self._died
                 self.renew(lane)
-                outcome = WorkerDiedError("the worker process died, probably for want of memory.")
-            self._busy.discard(lane)
+                if again:
+                    self._died.add(lane)
+                    self.give(lane, unit)
+                    continue
+                outcome = WorkerDiedError("the worker process died twice, probably for want of memory.")
+            self._units.pop(lane, None)
+            self._died.discard(lane)
             yield lane, outcome
 
     def renew(self, lane: int) -> None:
-        self._busy.discard(lane)
+        self._units.pop(lane, None)
+        self._died.discard(lane)
         process, connection = self._running.pop(lane, (None, None))
         if process is not None and connection is not None:
             process.kill()
@@ -105,30 +118,20 @@ class Processes:
 
     def _started(self, lane: int) -> tuple[Any, Connection]:
         torch = sys.modules.get("torch")
-        fork = sys.platform.startswith("linux") and not (torch is not None and torch.cuda.is_initialized())
+        device = self._devices[lane % len(self._devices)] if self._devices else None
+        on_processor = all(name.startswith("cpu") for name in self._devices) and not (torch is not None and torch.cuda.is_initialized())
+        fork = sys.platform.startswith("linux") and on_processor
         context = multiprocessing.get_context("fork" if fork else "spawn")
         ours, theirs = context.Pipe()
         others = [connection for _, connection in self._running.values()] if fork else []
         process = context.Process(  # type: ignore[attr-defined]
-            target=_serve, args=(theirs, [ours, *others] if fork else [], self._members, _device_of(self._device, lane)), daemon=True
+            target=_serve, args=(theirs, [ours, *others] if fork else [], self._members, device), daemon=True
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: the child starts none of theirs
             process.start()
         theirs.close()
         return process, ours
-
-
-def _device_of(device: str | None, lane: int) -> str | None:
-    """One accelerator per lane, in turn; a device with a number is everybody's."""
-    if device is None or device == "cpu":
-        return None
-    if ":" in device:
-        return device
-    import torch
-
-    count = getattr(torch, device).device_count()
-    return f"{device}:{lane % count}" if count else device
 
 
 def _serve(connection: Connection, foreign: list[Connection], members: Members, device: str | None) -> None:
@@ -149,7 +152,7 @@ def _serve(connection: Connection, foreign: list[Connection], members: Members, 
     os._exit(0)
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """An exception that survives the way back: our own as they are, torch's and other people's as text."""
     if isinstance(error, ModelGlueError | MemoryError | TimeoutError):
         return type(error)(str(error))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from modelglue.checkpoint import Checkpoint, open_checkpoint
 from modelglue.errors import CheckpointError, UserError, did_you_mean
-from modelglue.evaluation import CandidateEvaluator, ScoreStore, TaskSet, leak_check
+from modelglue.evaluation import CandidateEvaluator, ResidentModel, ScoreStore, TaskSet, leak_check
+from modelglue.evaluation.members import Members
+from modelglue.evaluation.places import Place
 from modelglue.models import check_fit, load_tokenizer
 from modelglue.recipe import build, merge, read_recipe
 from modelglue.search import SearchSettings, warm_start
@@ -30,15 +32,14 @@ class Bench:
     tasks: Mapping[str, TaskSet]
 
     @contextmanager
-    def scoring(self, store: Path, workers: int) -> Iterator[dict[str, CandidateEvaluator]]:
-        """An evaluator per item set, over one store of scores."""
-        with ExitStack() as stack:
-            opened = stack.enter_context(ScoreStore(store))
+    def scoring(self, store: Path, place: Place) -> Iterator[dict[str, CandidateEvaluator]]:
+        """An evaluator per item set, over one store of scores, and the same live models for all of them."""
+        dtype = self.file.dtype.store
+        with ScoreStore(store) as opened, place.crew(Members(self.checkpoints, dtype)) as crew:
+            resident = ResidentModel(place.device)
             yield {
-                split: stack.enter_context(
-                    CandidateEvaluator(
-                        self.checkpoints, tasks, opened, store_dtype=self.file.dtype.store, workers=workers, timeout=self.file.timeout
-                    )
+                split: CandidateEvaluator(
+                    self.checkpoints, tasks, opened, store_dtype=dtype, resident=resident, crew=crew, timeout=self.file.timeout
                 )
                 for split, tasks in self.tasks.items()
             }

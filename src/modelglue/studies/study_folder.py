@@ -14,6 +14,7 @@ from modelglue.checkpoint.adapted import AdaptedCheckpoint
 from modelglue.errors import CheckpointError, MergeError, RecipeError, UserError
 from modelglue.evaluation import CandidateEvaluator
 from modelglue.evaluation.members import Members
+from modelglue.evaluation.places import Place
 from modelglue.recipe import DATA_FLOW, FORMAT, Candidate, interval, load_document, paired_interval, validate
 from modelglue.search import SearchReport, candidate_of, read_settings, recorded, run_study
 from modelglue.search.run import JOURNAL
@@ -48,31 +49,39 @@ def read_search(path: str | Path) -> Imported:
 
 
 def run_search(
-    source: str | Path, folder: str | Path, *, workers: int = 1, store: Path | None = None, on_event: Listener | None = None,
+    source: str | Path, folder: str | Path, *, workers: int | None = None, device: str = "cpu", executor: str = "local",
+    store: Path | None = None, on_event: Listener | None = None,
 ) -> Finished:  # fmt: skip
     """Search as the file `source` says, in `folder`; a search that is there already goes on, if it is this one.
 
-    `workers` processes score candidates and change no result. `store`: a file of scores that several searches share. UserError for a
-    folder with another search; RunError after too many candidates that cannot be scored.
+    `workers` processes score candidates and change no result (default: one per device). `device`: "cuda" for all GPUs, a worker each, or
+    "cuda:0,cuda:1"; scores differ from the processor's by rounding. `executor`: "ray" or "ray://HOST:PORT" for workers on a cluster.
+    `store`: a file of scores that several searches share. UserError for a folder with another search; RunError after too many candidates
+    that cannot be scored.
     """
     path, folder = Path(source), Path(folder)
-    return _run(read_search(path).file, path.parent, folder, workers, store, on_event)
+    place = Place.named(workers, device, executor)
+    return _run(read_search(path).file, path.parent, folder, place, store, on_event)
 
 
-def resume_search(folder: str | Path, *, workers: int = 1, store: Path | None = None, on_event: Listener | None = None) -> Finished:
+def resume_search(
+    folder: str | Path, *, workers: int | None = None, device: str = "cpu", executor: str = "local", store: Path | None = None,
+    on_event: Listener | None = None,
+) -> Finished:  # fmt: skip
     """Go on with the search in `folder`, by the file that it was begun with."""
     folder = Path(folder)
+    place = Place.named(workers, device, executor)
     file, home = _remembered(folder)
-    return _run(file, home, folder, workers, store, on_event)
+    return _run(file, home, folder, place, store, on_event)
 
 
-def _run(file: SearchFile, home: Path, folder: Path, workers: int, store: Path | None, on_event: Listener | None) -> Finished:
+def _run(file: SearchFile, home: Path, folder: Path, place: Place, store: Path | None, on_event: Listener | None) -> Finished:
     bench = open_bench(file, home)
     if not (folder / JOURNAL).exists() or read_settings(folder).content() == bench.settings.content():
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / FILE, {"home": os.path.relpath(home.resolve(), folder.resolve()), "file": file.model_dump(mode="json")})
-    facts = facts_of(bench.settings, bench.checkpoints)
-    with bench.scoring(store or folder / SCORES, workers) as evaluators:
+    facts = facts_of(bench.settings, bench.checkpoints, bench.tasks["proxy"], home)
+    with bench.scoring(store or folder / SCORES, place) as evaluators:
         report = run_study(
             bench.settings, evaluators["proxy"], folder, confirm=evaluators.get("confirmation"), facts=facts, on_event=on_event
         )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,21 +33,29 @@ class RayCluster:
         A task whose worker died is done again by a new one. After the third death WorkerDiedError, which keeps what was finished for the
         next run.
         """
+        with self.joined() as ray:
+            actors: list[Any] = []
+            try:
+                shared = ray.put((function, state, str(Path.cwd())))
+                actor = ray.remote(num_cpus=1, max_restarts=0)(_Worker)
+                count = workers or max(int(ray.cluster_resources().get("CPU", 1)), 1)
+                actors += [actor.remote(shared) for _ in range(min(count, len(tasks)))]
+                self._drive(ray, actors, lambda: actor.remote(shared), tasks, on_done)
+            finally:
+                for one in actors:
+                    with contextlib.suppress(Exception):  # it may be dead already, and the cluster too
+                        ray.kill(one)
+
+    @contextmanager
+    def joined(self) -> Iterator[Any]:
+        """Ray, connected to the cluster. A connection that was there before stays; RunError where there is no way to the cluster."""
         ray = _ray()
         mine = not ray.is_initialized()
         if mine:
             self._connect(ray)
-        actors: list[Any] = []
         try:
-            shared = ray.put((function, state, str(Path.cwd())))
-            actor = ray.remote(num_cpus=1, max_restarts=0)(_Worker)
-            count = workers or max(int(ray.cluster_resources().get("CPU", 1)), 1)
-            actors += [actor.remote(shared) for _ in range(min(count, len(tasks)))]
-            self._drive(ray, actors, lambda: actor.remote(shared), tasks, on_done)
+            yield ray
         finally:
-            for one in actors:
-                with contextlib.suppress(Exception):  # it may be dead already, and the cluster too
-                    ray.kill(one)
             if mine:
                 ray.shutdown()
 
