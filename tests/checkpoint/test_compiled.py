@@ -122,7 +122,7 @@ def test_name_of_the_code_says_all_that_it_depends_on(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "__version__", "0.0")
     found.append(compiled._path(key_of(DOUBLE, arguments[0]), DOUBLE.id))
     monkeypatch.undo()
-    monkeypatch.setattr(compiled, "_processor", lambda: "another")
+    monkeypatch.setattr(compiled, "processor", lambda: "another")
     found.append(compiled._path(key_of(DOUBLE, arguments[0]), DOUBLE.id))
     assert len(set(found)) == len(found)
 

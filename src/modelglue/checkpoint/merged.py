@@ -259,9 +259,10 @@ class MergedCheckpoint(Checkpoint):
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """Compute elements start..stop. A range that does not respect the method's unit costs the rows or the matrix around it."""
-        values = self._engine.read(name, start, self.info(name).numel if stop is None else stop)
-        if name in self._fit.copied:
-            values = self._stored(name, values)
+        stop = self.info(name).numel if stop is None else stop
+        if name not in self._fit.copied:
+            return self._engine.read(name, start, stop, out)
+        values = self._stored(name, self._engine.read(name, start, stop))
         return values if out is None else out.copy_(values)
 
     def _stored(self, name: str, values: torch.Tensor) -> torch.Tensor:

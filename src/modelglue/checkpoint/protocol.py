@@ -85,8 +85,8 @@ class Checkpoint(ABC):
     def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """Elements start..stop of the flattened tensor, as a 1-D CPU tensor of the dtype of `info(name)`.
 
-        With `out` (1-D, same dtype, stop - start elements) the values are written there and `out` is returned; without
-        it the result may be a read-only view of a mapped file, so a caller never writes into it.
+        With `out` (1-D, stop - start elements, of that dtype or another that the values are cast to) the values are written there and
+        `out` is returned; without it the result may be a read-only view of a mapped file, so a caller never writes into it.
         """
 
     @property

@@ -48,8 +48,8 @@ class ScaledCheckpoint(OverCheckpoint):
         if factor is None:
             return self._source.read(name, start, stop, out)
         stored = self._source.read(name, start, stop)
-        wide = stored.to(torch.promote_types(stored.dtype, torch.float32)) * factor
-        return wide.to(stored.dtype) if out is None else out.copy_(wide)
+        scaled = (stored.to(torch.promote_types(stored.dtype, torch.float32)) * factor).to(stored.dtype)
+        return scaled if out is None else out.copy_(scaled)
 
     def computed(self, name: str) -> bool:
         return name in self._factors or self._source.computed(name)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from modelglue.checkpoint.engine.compiled import chunk_function
+from modelglue.checkpoint.engine import native
+from modelglue.checkpoint.engine.compiled import chunk_function, landing_function
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
 
 
-@chunk_function
+@landing_function(native.summed)
 def weighted_sum(models: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
     """sum_i s_i X_i, in the order of the models, at least in float32. Tensors [length], of any floating dtype."""
     result = _wide(models[0]) * scales[0]
@@ -42,7 +43,7 @@ def weighted_sum(models: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
     return result
 
 
-@chunk_function
+@landing_function(native.added)
 def add_scaled(base: Tensor, models: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
     """B + sum_i s_i (X_i - B), at least in float32. Tensors [length], of any floating dtype."""
     base = _wide(base)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 #: what is on disk (names and shapes) and how it gets into a model: worked out once, however many candidates pass through the model
 _STEPS: weakref.WeakKeyDictionary[Any, tuple[list[tuple[str, tuple[int, ...]]], list[Step]]] = weakref.WeakKeyDictionary()
 
+#: elements of a large tensor that are written by one call: who computes them divides them further as it likes
+_PIECE_ELEMENTS = 2**20
 #: elements below which threads are not worth starting
 _WORTH_THREADS = 2**24
 
@@ -198,8 +200,11 @@ def _stream(checkpoint: Checkpoint, name: str, place: torch.Tensor) -> None:
         place.copy_(checkpoint.tensor(name))
         return
     flat = place.detach().view(-1)
-    for start, stop in checkpoint.pieces(name, CHUNK_ELEMENTS):
-        flat[start:stop].copy_(checkpoint.read(name, start, stop))
+    for start, stop in checkpoint.pieces(name, _PIECE_ELEMENTS if place.device.type == "cpu" else CHUNK_ELEMENTS):
+        if place.device.type == "cpu":
+            checkpoint.read(name, start, stop, out=flat[start:stop])
+        else:
+            flat[start:stop].copy_(checkpoint.read(name, start, stop))
 
 
 def _check_tied(checkpoint: Checkpoint, name: str, other: str) -> None:

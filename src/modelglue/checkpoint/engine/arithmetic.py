@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from modelglue.checkpoint.engine import compiled, device
+from modelglue.checkpoint.engine import compiled, device, native
 from modelglue.checkpoint.engine.merge_function import CannotMergeError, MergeFunction, ParameterSource, Round, Unit, unit_shape
 from modelglue.checkpoint.engine.scratch import spill
 from modelglue.checkpoint.engine.uniform import UniformSource
@@ -131,18 +131,37 @@ class Engine:
         held = min(max(elements, part, SURVEY_ELEMENTS if rounds else 0), info.numel)
         return below + (3 * len(inputs) + 8) * held * item
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements start..stop of an output tensor in its stored dtype. A range that does not respect the method's unit costs the
-        rows or the matrix around it.
+    def read(self, name: str, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Elements start..stop of an output tensor in its stored dtype; or `out` (1-D, of that dtype or another), into which they were
+        written. A range that does not respect the method's unit costs the rows or the matrix around it.
         """
         import torch
 
+        if out is not None:
+            step = CHUNK_ELEMENTS if self._job.unit(name) == "element" else max(stop - start, 1)
+            if not self._landed(name, start, stop, out):
+                for at in range(start, stop, step):
+                    out[at - start : min(at + step, stop) - start].copy_(self.read(name, at, min(at + step, stop)))
+            return out
         if stop <= start:
             return torch.empty(0, dtype=torch_dtype(self._job.outputs[name].dtype))
         if name not in self._job.merged:
             return self._copy(name, start, stop)
         with compiled.using(self._compiled), single_thread():
             return self._merge(name, start, stop)
+
+    def _landed(self, name: str, start: int, stop: int, out: torch.Tensor) -> bool:
+        """Whether the elements were written into `out` in one pass over the inputs; if not, what stands there means nothing."""
+        job = self._job
+        if stop <= start or name not in job.merged or not self._raw(name) or device.current() is not None:
+            return False
+        if not native.ready((stop - start) * (len(job.members_of(name)) + (job.base is not None))):
+            return False
+        survey = self._survey(name)
+        models, base, _ = self._inputs(name, start, stop, None, raw=True, check=False)
+        return native.lands(
+            lambda: job.method.merge(models, base, None, survey, start, job.parameters_of(name)), out, torch_dtype(job.outputs[name].dtype)
+        )
 
     def together(self, names: Sequence[str]) -> torch.Tensor:
         """Whole output tensors of one stored dtype, end to end.
@@ -179,6 +198,10 @@ class Engine:
             chunks = [one.together(names) for one in inputs]
             chunks = chunks if raw else [chunk.to(compute) for chunk in chunks]
             models, base = (chunks[:-1], chunks[-1]) if job.base is not None else (chunks, None)
+            if raw and device.current() is None and native.ready(sum(map(len, chunks))):
+                out = torch.empty(len(chunks[0]), dtype=torch_dtype(job.outputs[names[0]].dtype))
+                if native.lands(lambda: job.method.merge(models, base, None, [], 0, parameters), out, out.dtype):
+                    return out
             sound = raw or all(math.isfinite(chunk.sum().item()) for chunk in chunks)
             result = job.method.merge(models, base, None, [], 0, parameters)
             stored = result.reshape(-1).to(torch_dtype(job.outputs[names[0]].dtype))

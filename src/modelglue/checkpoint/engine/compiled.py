@@ -50,16 +50,24 @@ _seen: ContextVar[dict[str, tuple[str, Any]] | None] = ContextVar("seen", defaul
 
 class ChunkFunction:
     """A function on chunks; calling it runs the compiled version inside `using(...)`, else `plain`: the function itself, or another
-    that gives the same bits faster where nothing is compiled.
+    that gives the same bits faster where nothing is compiled. `lands` may do it first, where its result is wanted in a certain place.
     """
 
-    def __init__(self, function: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[..., torch.Tensor],
+        plain: Callable[..., torch.Tensor] | None = None,
+        lands: Callable[..., torch.Tensor | None] | None = None,
+    ) -> None:
         functools.update_wrapper(self, function)
         self.function = function
         self.plain = plain or function
+        self.lands = lands
         self.id = f"{function.__module__}:{function.__qualname__}"
 
     def __call__(self, *arguments: Any) -> torch.Tensor:
+        if self.lands is not None and (landed := self.lands(*arguments)) is not None:
+            return landed
         table, seen = _table.get(), _seen.get()
         if table is None and seen is None:
             return self.plain(*arguments)
@@ -80,6 +88,11 @@ class ChunkFunction:
 def chunk_function(function: Callable[..., torch.Tensor]) -> ChunkFunction:
     """Mark a module-level function as a chunk function (decorator)."""
     return ChunkFunction(function)
+
+
+def landing_function(lands: Callable[..., torch.Tensor | None]) -> Callable[[Callable[..., torch.Tensor]], ChunkFunction]:
+    """The same for one that methods end with: where the engine says into what, `lands` writes the rounded result there in one pass."""
+    return lambda function: ChunkFunction(function, lands=lands)
 
 
 def compile_mode() -> str:
@@ -189,14 +202,14 @@ def _path(key: str, function: str) -> Path:
     package = Path(str(module.__file__)).parent
     # helpers of a chunk function may live in the neighbouring private modules
     sources = [Path(str(module.__file__)), *sorted(package.glob("_*.py")), Path(__file__)]
-    digest = hashlib.sha256(f"{torch.__version__}\0{platform.machine()}\0{_processor()}\0{key}".encode())
+    digest = hashlib.sha256(f"{torch.__version__}\0{platform.machine()}\0{processor()}\0{key}".encode())
     for source in sources:
         digest.update(source.read_bytes())
     return cache_dir() / "compiled" / f"{digest.hexdigest()[:32]}.so"
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
     """What instructions there are: code compiled for one processor may not run on another that shares the home folder."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
