@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,11 +23,12 @@ from modelglue.checkpoint import (
 )
 from modelglue.checkpoint.reference import seen_from
 from modelglue.errors import CheckpointError, UserError
+from modelglue.mixture.blend import check_same_tokens
 from modelglue.mixture.gates import Gate, GateKind, gate_from
-from modelglue.mixture.router import WITHOUT_PROMPTS, Reader, best_layer, build_gate, knowledge, those_that_work
+from modelglue.mixture.prompted import prompt_router
 from modelglue.mixture.spec import EXPERT_NAME, ROUTE_SPAN, ExpertSpec, MadeFrom, RouterSpec
 from modelglue.mixture.trained import TrainedRouter, Training
-from modelglue.models import check_fit, has_tokenizer, load_live, load_tokenizer
+from modelglue.models import check_fit, has_tokenizer
 
 MANIFEST = "mixture.json"
 ROUTER = "router.safetensors"
@@ -65,7 +65,9 @@ class Manifest(BaseModel):
     format: Literal["modelglue-mixture/1"] = "modelglue-mixture/1"
     level: Literal["model"] = "model"
     routing: Literal["sample"] = "sample"
-    top_k: Literal[1] = 1
+    top_k: Annotated[int, Field(ge=1)] = 1
+    combine: Literal["probabilities", "logits"] = "probabilities"
+    """What is mixed of the experts' next tokens at a top_k above 1."""
     router: GateKind = "linear"
     gate_mode: MadeFrom
     """What the gate was made from: prompts, chance, or the experts' scores."""
@@ -109,17 +111,24 @@ def write_mixture(
     """
     directory = Path(directory)
     opened = _open_experts(directory, experts)
+    gate: Gate
     temperature = router.temperature if trained is None else trained.temperature
     if trained is None:
-        candidates = [encoder] if encoder is not None else [expert.path for expert in experts]
-        built = those_that_work(candidates, lambda path: _build_through(path, experts, router))
-        encoder = max(built, key=lambda path: built[path].known)  # of equal ones the first
-        read, layer, mode, gate = built[encoder].read, built[encoder].layer, built[encoder].mode, built[encoder].gate
+        made = prompt_router(experts, router, encoder)
+        encoder, layer, mode, gate = made.encoder, made.layer, made.mode, made.gate
     else:
-        encoder, read, layer, mode, gate = trained.encoder, open_checkpoint(trained.encoder), trained.layer, "scores", trained.gate
+        encoder, layer, mode, gate = trained.encoder, trained.layer, "scores", trained.gate
+    read = open_checkpoint(encoder)
+    if router.top_k > len(experts):
+        raise UserError(
+            f"{directory}: top_k is {router.top_k}, but there are {len(experts)} experts. Give more experts, or a smaller top_k."
+        )
+    if router.top_k > 1:
+        check_same_tokens({expert.name: checkpoint for expert, checkpoint in zip(experts, opened, strict=True)})
     identities = [checkpoint.identity for checkpoint in opened]
     settings = [
         [expert.name for expert in experts], identities, read.identity, mode, layer, temperature, router.route_span,
+        router.top_k, router.combine,
         {name: value.tolist() for name, value in gate.tensors().items()}, pack,
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
@@ -134,6 +143,8 @@ def write_mixture(
                 "training": trained.training.model_dump() if trained is not None else None,
                 "router_layer": layer,
                 "temperature": temperature,
+                "top_k": router.top_k,
+                "combine": router.combine,
                 "route_span": router.route_span,
                 "encoder": _place_of_encoder(directory, encoder, experts, places, pack),
                 "encoder_identity": read.identity,
@@ -153,28 +164,6 @@ def write_mixture(
         (folder / ROUTER).write_bytes(tensor_file(TensorsCheckpoint(gate.tensors())))
         (folder / MANIFEST).write_bytes(json_bytes(manifest.model_dump(mode="json")))
     return manifest
-
-
-@dataclass(frozen=True)
-class _Built:
-    """A gate and the settings that it was made with."""
-
-    read: Checkpoint
-    layer: int
-    mode: str
-    gate: Gate
-    known: tuple[float, float]
-
-
-def _build_through(encoder: Path, experts: Sequence[ExpertSpec], router: RouterSpec) -> _Built:
-    """The gate through one encoder, with what was left to `auto` decided; the encoder is let go of afterwards."""
-    read = open_checkpoint(encoder)
-    model, tokenizer = load_live(read), load_tokenizer(read)
-    layer = best_layer(model, tokenizer, experts, router) if router.router_layer == "auto" else router.router_layer
-    reader = Reader(model, tokenizer, layer)
-    gate, mode = build_gate(reader, experts, router)
-    known = (0.0, 0.0) if mode in WITHOUT_PROMPTS else knowledge(reader, experts, gate, router.route_span)
-    return _Built(read, layer, mode, gate, known)
 
 
 def _open_experts(directory: Path, experts: Sequence[ExpertSpec]) -> list[Checkpoint]:
@@ -231,6 +220,8 @@ def read_manifest(directory: Path) -> tuple[Manifest, Gate]:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Give the folder of a mixture.") from error
     except ValueError as error:  # not UTF-8, not JSON, or not our keys and values
         raise CheckpointError(f"{path}: is not a mixture of this format ({_faults(error)}). Make the mixture again.") from error
+    if manifest.top_k > len(manifest.experts):
+        raise CheckpointError(f"{path}: top_k is {manifest.top_k}, but there are {len(manifest.experts)} experts. Make the mixture again.")
     router = SafetensorsCheckpoint(directory / ROUTER)
     tensors = {name: router.tensor(name).clone() for name in router.names()}
     gate = gate_from(manifest.router, tensors, len(manifest.experts), str(directory / ROUTER))
