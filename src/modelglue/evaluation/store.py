@@ -118,6 +118,16 @@ class ScoreStore:
         )
         return {item: Mark(math.nan if value is None else value, *besides) for item, value, *besides in rows if item in wanted}
 
+    def complete(self, items: Sequence[str]) -> list[dict[str, float]]:
+        """The values of `items` for every model that has them all and never answered NaN, in the order of the models' keys."""
+        rows = self._rows("SELECT models.key, item, value FROM scores JOIN models ON models.id = scores.model ORDER BY models.key")
+        wanted = set(items)
+        found: dict[str, dict[str, float]] = {}
+        for model, item, value in rows:
+            if item in wanted and value is not None:
+                found.setdefault(model, {})[item] = value
+        return [values for values in found.values() if len(values) == len(wanted)]
+
     def add(self, model: str, description: str, marks: Mapping[str, Mark]) -> None:
         """Commit the marks of one batch, all or none. A score that is there already stays."""
         try:

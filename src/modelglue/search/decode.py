@@ -38,7 +38,8 @@ class MergeSpace:
     `granularity`: `model` (one value), `layer`, a number k (one value for every k adjacent layers, from the bottom; the last group may be
     shorter), or `gradient:N` (a curve through N points over the layers). All but `model` add a last group for what is in no layer
     (embedding, final norm, head), and need `layers` and `marker`, which layer tensors' names contain. `filters` are parts of names that
-    get values of their own in every group of layers.
+    get values of their own in every group of layers; with `only_filtered` nothing else varies over the layers, and the last group is
+    all that no filter matches.
     `parameters`: name -> [low, high], {low, high, log}, {choices: [...]}, or a fixed value; default: weight and density, or t.
     The genotype is [group, filter, parameter, member], with a simplex over members for the weights of a linear merge.
     """
@@ -53,6 +54,7 @@ class MergeSpace:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     """Of random methods: candidates share their masks."""
+    only_filtered: bool = False
 
     def __post_init__(self) -> None:
         method = self._method
@@ -71,6 +73,8 @@ class MergeSpace:
                 raise UserError(f"{method.id} has no parameter '{name}', but {', '.join(sorted(known))}.{did_you_mean(name, known)}")
         if self.granularity != "model" and (self.layers is None or self.layers < 1):
             raise UserError(f"granularity {self.granularity} needs the number of layers.")
+        if self.only_filtered and (not self.filters or self.granularity == "model"):
+            raise UserError("only_filtered needs filters, and a granularity other than model: else nothing varies over the layers.")
         _ = self._groups, self.space
 
     @property
@@ -109,8 +113,12 @@ class MergeSpace:
         """(group, filter) of every value, in the genotype's order; "" is what no filter matches, `rest` what is in no layer."""
         if not self._groups:
             return [("", name) for name in (*self.filters, "")]
-        inner = [(f"g{group}", name) for group in range(self._groups) for name in (*self.filters, "")]
-        return [*inner, ("rest", "")]
+        return [*((f"g{group}", name) for group in range(self._groups) for name in self._varying), ("rest", "")]
+
+    @property
+    def _varying(self) -> tuple[str, ...]:
+        """Filters that have values in every group; "" is what no filter matches."""
+        return self.filters if self.only_filtered else (*self.filters, "")
 
     @cached_property
     def _searched(self) -> dict[str, Any]:
@@ -212,7 +220,7 @@ class MergeSpace:
         if len(set(map(str, values.values()))) == 1:
             return next(iter(values.values()))
         clauses: list[tuple[str | None, Any]] = []
-        for filter_ in (*self.filters, ""):
+        for filter_ in self._varying if self._groups else (*self.filters, ""):
             if self._groups:
                 curve = self._curve([values[f"g{group}", filter_] for group in range(self._groups)])
                 clauses.append((filter_ or self.marker, curve))

@@ -41,6 +41,7 @@ class SpaceSettings(Group):
     method: str = "linear"
     granularity: str | Annotated[int, Field(ge=1, strict=True)] = "model"
     filters: tuple[str, ...] = ()
+    only_filtered: bool = False
     parameters: dict[str, Any] = {}
     genome: GenomeDefinition | None = None
     """mergekit-evolve's genome, which then says all of this."""
@@ -78,6 +79,10 @@ class FitnessSettings(Group):
     mode: Literal["mean", "weighted", "pirt", "gpirt", "mpirt", "gmpirt"] | None = None
     share: Annotated[float, Field(ge=0, le=1)] = 0.5
     extract: Literal["random", "anchors"] = "random"
+    item_parameters: Annotated[str, Field(min_length=1)] | None = None
+    """File with discrimination and difficulty of every item."""
+    responses: Annotated[str, Field(min_length=1)] | None = None
+    """Store of scores that earlier searches have filled; item parameters are fitted to the models that have all items there."""
 
 
 class BudgetSettings(Group):
@@ -87,6 +92,10 @@ class BudgetSettings(Group):
     items: Annotated[int, Field(ge=1)] | None = None
     tokens: Annotated[int, Field(ge=1)] | None = None
     seconds: Annotated[float, Field(gt=0)] | None = None
+
+
+#: keys that no search had at first; left at their defaults they change nothing, so older searches go on
+_LATER: Mapping[str, tuple[str, ...]] = {"space": ("genome", "only_filtered"), "fitness": ("item_parameters", "responses")}
 
 
 class SearchSettings(Group):
@@ -110,8 +119,11 @@ class SearchSettings(Group):
     def content(self) -> dict[str, Any]:
         """All that the search is a function of; a budget only says how far it goes."""
         found = self.model_dump(mode="json", exclude={"budget", "max_failures", "finalists"})
-        if found["space"]["genome"] is None:
-            del found["space"]["genome"]
+        for group, names in _LATER.items():
+            defaults = type(getattr(self, group))()
+            for name in names:
+                if getattr(getattr(self, group), name) == getattr(defaults, name):
+                    del found[group][name]
         return found
 
 
@@ -172,7 +184,7 @@ def make_space(settings: SearchSettings, facts: Facts) -> Decoder:
         return GenomeSpace(said.genome, facts.layers)
     return MergeSpace(
         said.method, settings.members, settings.base, said.granularity, facts.layers, facts.marker, said.filters, said.parameters,
-        settings.seed,
+        settings.seed, said.only_filtered,
     )  # fmt: skip
 
 

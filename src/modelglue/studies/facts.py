@@ -1,23 +1,29 @@
-"""What searchers want to know of the models: layers, similarities, kinship. Weights are read only for searchers that ask for them."""
+"""What searches want to know beforehand: layers, similarities, kinship, item parameters. Weights are read only where they are asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from modelglue.checkpoint import Checkpoint
 from modelglue.errors import CheckpointError, UserError
+from modelglue.evaluation import TaskSet
 from modelglue.recipe.layers import Tower, towers_of
 from modelglue.search.heuristics import SimilarityTo
 from modelglue.search.kinship_greedy import KinshipOf
 from modelglue.search.settings import Facts, SearchSettings
+from modelglue.studies.item_facts import item_facts
 from modelglue.zoo import similarity
 from modelglue.zoo.kinship import kinship
 
 
-def facts_of(settings: SearchSettings, checkpoints: Mapping[str, Checkpoint]) -> Facts:
-    """Layers from headers; similarities and kinship of the members by one pass over their weights, if the searcher uses them."""
+def facts_of(settings: SearchSettings, checkpoints: Mapping[str, Checkpoint], tasks: TaskSet, folder: Path) -> Facts:
+    """Layers from headers; similarities and kinship of the members by one pass over their weights, if the searcher uses them.
+
+    What is known of the items of `tasks`, which are searched on, stands in files that the fitness names, seen from `folder`.
+    """
     name, options = settings.searcher.name, settings.searcher.options
     towers = {alias: _tower(checkpoints[alias]) for alias in settings.members}
     depths = {alias: tower.count for alias, tower in towers.items() if tower is not None}
@@ -32,12 +38,15 @@ def facts_of(settings: SearchSettings, checkpoints: Mapping[str, Checkpoint]) ->
         raise UserError(
             "searcher kinship_greedy: exploring needs a base, which kinship is measured from. Give zoo.base, or explore: false."
         )
+    items, responses = item_facts(settings.fitness, tasks, folder)
     return Facts(
         layers=next(iter(depths.values())) if same else None,
         marker=f"{first.stack}." if first is not None else "layers.",
         depths=depths,
         similarity_to=_similarity(settings.members, checkpoints) if name.startswith("similarity") or name == "all" else None,
         kinship=_kinship(settings.members, str(settings.base), checkpoints) if needs_kinship else None,
+        items=items,
+        responses=responses,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +16,9 @@ from modelglue.studies.schema import DtypeOptions, Member, SearchFile, Tasks, Zo
 
 #: mergekit-evolve's own default of evaluations
 _EVALUATIONS = 100
+#: where a configuration of mergenetic finds what it knows of items, in its folder
+ITEM_PARAMETERS = "item_parameters.json"
+_LEAST_POPULATION = 2
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Mergenetic(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    pop_size: Annotated[int, Field(ge=2, strict=True)]
+    pop_size: Annotated[int, Field(ge=1, strict=True)]
     n_iter: Annotated[int, Field(ge=1, strict=True)]
     models: Annotated[dict[str, str], Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
     tasks: Any = None
@@ -99,7 +103,7 @@ class Mergenetic(BaseModel):
     seed: Annotated[int, Field(ge=0, strict=True)] = 420
     dtype: Literal["float32", "float16", "bfloat16"] | None = "bfloat16"
     additional_templates_folder: str | None = None
-    mode: str = "gmpirt"
+    mode: Literal["mean", "random", "weighted", "mpirt", "gmpirt"] = "gmpirt"
     run_id: str | None = None
     bench: str | None = None
     task_type: str | None = None
@@ -109,6 +113,7 @@ class Mergenetic(BaseModel):
     force_evaluation: bool = False
     eval_batch_size: int | None = None
     load_in_4bit: bool = False
+    eager_mode: bool = False
     path_to_store_config: str | None = None
     path_to_store_merged_model: str | None = None
 
@@ -127,27 +132,31 @@ def _from_mergenetic(plan: Mergenetic, document: Document) -> Imported:
     aliases = _aliases([*([plan.base_model] if plan.base_model else []), *merged])
     base = None if plan.base_model is None else aliases[plan.base_model]
     notes = ["the method is not in the file but in mergenetic's script: "]
-    if base is not None and len(merged) == 1:
+    if base is not None and len(merged) == 1 and isinstance(plan.models, dict):
         members = [base, aliases[merged[0]]]
-        space = SpaceSettings(method="slerp", granularity="gradient:5", filters=("self_attn", "mlp"))
-        notes[0] += "two models are merged by slerp, with curves of five points over the layers for attention, feed-forward and the rest."
+        space = SpaceSettings(method="slerp", granularity="gradient:5", filters=("self_attn", "mlp"), only_filtered=True)
+        notes[0] += (
+            "a model and its base are merged by slerp, with five points over the layers each for attention and feed-forward, and one "
+        )
+        notes[0] += "number for the rest."
         base = None
     elif base is not None:
         members = [aliases[model] for model in merged]
         space = SpaceSettings(method="dare_ties")
-        notes[0] += "several models and a base are merged by dare_ties, with a weight and a density each."
+        notes[0] += "several models (or a list of models) and a base are merged by dare_ties, with a weight and a density each."
     else:
         members = [aliases[model] for model in merged]
         space = SpaceSettings(method="linear")
         notes[0] += "models without a base are merged linearly."
-    if plan.mode not in ("mean", "random"):
-        notes.append(f"mode {plan.mode}: needs item parameters, which the file does not have; scores are means of the searched items.")
+    fitness, count = _mergenetic_fitness(plan, document, notes)
+    if plan.pop_size < _LEAST_POPULATION:
+        notes.append(f"pop_size {plan.pop_size}: is {_LEAST_POPULATION} here, since children have two parents.")
     if test and set(test) == set(search):
         notes.append("tasks.test: names the searched tasks again; the items that are not searched on confirm the best candidates.")
         test = []
     for key, said in (
         ("device", plan.device), ("load_in_4bit", plan.load_in_4bit), ("eval_batch_size", plan.eval_batch_size),
-        ("datasets", plan.datasets),
+        ("datasets", plan.datasets), ("eager_mode", plan.eager_mode), ("force_evaluation", plan.force_evaluation),
     ):  # fmt: skip
         if said:
             notes.append(f"{key}: is not used; candidates are merged in memory and scored there.")
@@ -159,19 +168,37 @@ def _from_mergenetic(plan: Mergenetic, document: Document) -> Imported:
         zoo=Zoo(name=plan.run_id or "mergenetic", base=base, models=[Member(id=model, alias=alias) for model, alias in aliases.items()]),
         members=members,
         tasks=Tasks(
-            include=plan.additional_templates_folder, proxy=with_metric, proxy_items=plan.n_samples,
+            include=plan.additional_templates_folder, proxy=with_metric, proxy_items=count,
             test=tuple(f"{task}:{plan.metric}" if plan.metric else task for task in test),
         ),
         searcher=SearcherSettings.model_validate(
-            {"name": "evolution", "population": plan.pop_size, "generations": plan.n_iter, "objectives": "all" if several else "one"}
+            {
+                "name": "evolution", "population": max(_LEAST_POPULATION, plan.pop_size), "generations": plan.n_iter,
+                "objectives": "all" if several else "one",
+            }
         ),
         space=space,
-        fitness=FitnessSettings(kind="everything"),
+        fitness=fitness,
         budget=BudgetSettings(),
         seed=plan.seed,
         dtype=DtypeOptions(store=plan.dtype),
     )  # fmt: skip
     return Imported(file, tuple(notes))
+
+
+def _mergenetic_fitness(plan: Mergenetic, document: Document, notes: list[str]) -> tuple[FitnessSettings, int | None]:
+    """(how candidates are scored, items of every task that are searched on; None: all, of which candidates see `n_samples`)."""
+    if isinstance(plan.models, list) or plan.mode in ("mean", "random", "weighted"):  # a list of models has no mode there
+        return FitnessSettings(kind="everything"), plan.n_samples  # its weights are equal, so weighted is the mean
+    if (Path(document.source).parent / ITEM_PARAMETERS).is_file():
+        mode: Literal["mpirt", "gmpirt"] = "mpirt" if plan.mode == "mpirt" else "gmpirt"
+        return FitnessSettings(kind="item_response", items=plan.n_samples, mode=mode, item_parameters=ITEM_PARAMETERS), None
+    bench = f" of {plan.bench}" if plan.bench else ""
+    notes.append(
+        f"mode {plan.mode}: needs the parameters of the items{bench}, which the file does not have; scores are means of the searched "
+        f"items. Put them beside the file as {ITEM_PARAMETERS} to have the estimate."
+    )
+    return FitnessSettings(kind="everything"), plan.n_samples
 
 
 def _tasks(said: Any) -> tuple[list[str], list[str]]:
