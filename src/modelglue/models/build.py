@@ -23,15 +23,17 @@ def empty_model(config: Mapping[str, Any], label: str, *, meta: bool = False, dt
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from modelglue.models.mixture_code import MODEL_TYPE, parsed_config
+
     precision = getattr(torch, dtype)
     values = dict(config)
     kind = values.pop("model_type", None)
     if kind is None:
         raise CheckpointError(f"{label}: its config.json has no model_type, so no live model can be made of it.")
     try:
-        parsed = AutoConfig.for_model(kind, **values)
+        parsed, named = parsed_config(values) if kind == MODEL_TYPE else (AutoConfig.for_model(kind, **values), None)
         with torch.device("meta") if meta else nullcontext(), _without_initialisation():
-            named = _named_class(config, parsed)
+            named = named or _named_class(config, parsed)
             if named is not None:
                 model = named._from_config(parsed, dtype=precision)
             else:

@@ -6,12 +6,14 @@ This file stands beside the weights. It needs transformers and nothing else.
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 from transformers import LlamaConfig
 
 FORMAT = "modelglue-levels/1"
 LEVELS = ("ffn", "block", "model")
+SPAN = r"prompt|full|first:[1-9][0-9]*"
 
 
 class MixtureSettings:
@@ -42,16 +44,21 @@ def check(mixture: Any, layers: int) -> None:
     ):
         raise ValueError("config.json: 'mixture.experts' is no list of at least 2 experts. Make the mixture again.")
     choices = {
-        "level": LEVELS, "routing": ("token", "sample"), "router": ("linear", "mlp"), "compat": ("none", "official"),
+        "level": LEVELS, "routing": ("token", "sample"), "router_bias": (False, True), "compat": ("none", "official"),
     }  # fmt: skip
     for key, allowed in choices.items():
         if mixture.get(key) not in allowed:
-            raise ValueError(f"config.json: 'mixture.{key}' is {mixture.get(key)!r}; allowed are {', '.join(allowed)}.")
+            raise ValueError(f"config.json: 'mixture.{key}' is {mixture.get(key)!r}; allowed are {', '.join(map(str, allowed))}.")
     limits = {"top_k": (1, len(experts)), "merged_layers": (0, layers - 1)}
     for key, (low, high) in limits.items():
         value = mixture.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise ValueError(f"config.json: 'mixture.{key}' is {value!r}; allowed is a whole number from {low} to {high}.")
+    width = mixture.get("router_width")
+    if width is not None and (not isinstance(width, int) or width < 1):
+        raise ValueError(f"config.json: 'mixture.router_width' is {width!r}; allowed are null and whole numbers from 1.")
+    if not re.fullmatch(SPAN, str(mixture.get("route_span"))):
+        raise ValueError(f"config.json: 'mixture.route_span' is {mixture.get('route_span')!r}; allowed are prompt, full, and first:N.")
     temperature = mixture.get("temperature")
     if not isinstance(temperature, int | float) or not temperature > 0:
         raise ValueError(f"config.json: 'mixture.temperature' is {temperature!r}; allowed is a number above 0.")

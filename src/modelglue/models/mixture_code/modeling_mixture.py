@@ -29,22 +29,23 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 class Router(nn.Module):
-    """Logits [..., experts] of states [..., d], in float32: one matrix, or two with a ReLU between."""
+    """Logits [..., experts] of states [..., d], in float32: one matrix, or two with a ReLU between, with biases or without."""
 
-    def __init__(self, width: int, experts: int, inner: int | None) -> None:
+    def __init__(self, width: int, experts: int, inner: int | None, bias: bool) -> None:
         super().__init__()
-        if inner is None:
-            self.weight = nn.Parameter(torch.empty(experts, width))
-        else:
-            self.up = nn.Parameter(torch.empty(inner, width))
-            self.down = nn.Parameter(torch.empty(experts, inner))
-        for weight in self.parameters():
-            nn.init.normal_(weight, std=0.02)
+        steps = {"": (experts, width)} if inner is None else {"up_": (inner, width), "down_": (experts, inner)}
+        for name, shape in steps.items():
+            self.register_parameter(f"{name}weight", nn.Parameter(torch.empty(shape).normal_(std=0.02)))
+            self.register_parameter(f"{name}bias", nn.Parameter(torch.zeros(shape[0])) if bias else None)
 
     def forward(self, states: Tensor) -> Tensor:
-        if hasattr(self, "weight"):
-            return nn.functional.linear(states.float(), self.weight.float())
-        return nn.functional.linear(nn.functional.linear(states.float(), self.up.float()).relu(), self.down.float())
+        if "weight" in self._parameters:
+            return self._step("", states.float())
+        return self._step("down_", self._step("up_", states.float()).relu())
+
+    def _step(self, name: str, states: Tensor) -> Tensor:
+        bias = self._parameters[f"{name}bias"]
+        return nn.functional.linear(states, self._parameters[f"{name}weight"].float(), None if bias is None else bias.float())
 
 
 class Routing:
@@ -64,18 +65,18 @@ class Routing:
 
     def decide(self, layer: int, states: Tensor, router: Router | None) -> Tensor:
         """Logits [B, experts] for the rows of `states` [B, T, d]: those of the prompt, where the prompt has been read before."""
-        if self.once and layer != self.first:
-            return self.logits[self.first]
         kept = None if self.cache is None else self.cache.layers[layer]
-        if kept is not None and kept.logits is not None:
+        if self.once and layer != self.first:
+            logits = self.logits[self.first]
+        elif kept is not None and kept.logits is not None:
             logits = kept.logits
         else:
             assert router is not None
             logits = router(self._pool(states))
             if self.pooled is not None:  # a row of pads alone goes to expert 0
                 logits = torch.where(self.pooled.any(dim=1)[:, None], logits, torch.zeros_like(logits))
-            if kept is not None:
-                kept.logits = logits
+        if kept is not None:
+            kept.logits = logits
         self.logits[layer] = logits
         return logits
 
@@ -243,7 +244,7 @@ class MixtureBlock(nn.Module):
             if str(number) in self.rotary:
                 named = {**named, "position_embeddings": self.rotary[str(number)](states, named["position_ids"])}
             if len(rows) < count:
-                given, named = _take(given, rows, count), _take(named, rows, count)
+                given, named = _take(given, rows, count), {key: _of_rows(key, value, rows, count) for key, value in named.items()}
             if kept is not None:
                 view = copy.copy(self.routing.cache)
                 view.layers = list(view.layers)
@@ -263,6 +264,13 @@ def _flat(value: Any, states: Tensor) -> Any:
     return value.reshape(-1, value.shape[-1]) if isinstance(value, Tensor) and value.shape[:-1] == states.shape[:-1] else value
 
 
+def _of_rows(name: str, value: Any, rows: Tensor, count: int) -> Any:
+    """What a decoder layer is given under a name, for these of `count` rows."""
+    if name == "alibi" and isinstance(value, Tensor):  # [B * heads, 1, S]
+        return value.unflatten(0, (count, -1))[rows].flatten(0, 1)
+    return value if name == "position_bias" else _take(value, rows, count)  # [heads, 1, S]
+
+
 def _take(value: Any, rows: Tensor, count: int) -> Any:
     """These of `count` rows, of whatever has one entry for each."""
     if isinstance(value, Tensor):
@@ -280,12 +288,13 @@ class Mixture:
     config: Any
     routing: Routing
     _can_compile_fullgraph = False  # which experts are at work depends on the data
-    _keep_in_fp32_modules_strict = frozenset({"router"})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         stock = next(base for base in cls.__mro__[1:] if "forward" in vars(base) and not issubclass(base, Mixture))
         cls.backbone = stock  # type: ignore[attr-defined]
+        kept = getattr(stock, "_keep_in_fp32_modules_strict", None) or ()
+        cls._keep_in_fp32_modules_strict = {*kept, "router"}  # type: ignore[attr-defined]
         signature = inspect.signature(stock.forward)
         names = list(signature.parameters.values())
         extra = [
@@ -321,7 +330,7 @@ class Mixture:
             chosen = [own[layer] for own in experts]
             router = None
             if settings["level"] != "model" or layer == settings["merged_layers"]:
-                router = Router(config.get_text_config().hidden_size, len(experts), settings.get("router_width"))
+                router = Router(config.get_text_config().hidden_size, len(experts), settings["router_width"], settings["router_bias"])
             if path is None:
                 layers[layer] = MixtureBlock(chosen, rotary, router, self.routing, layer)
             else:
@@ -419,7 +428,11 @@ class Mixture:
     def _all_logits(self, length: int) -> tuple[Tensor, ...]:
         """Of every layer that decides: [B*T, experts] at the level ffn, else [B, experts]."""
         repeat = length if self.routing.by_sample and self.config.mixture["level"] == "ffn" else 1
-        return tuple(logits.repeat_interleave(repeat, dim=0) for _, logits in sorted(self.routing.logits.items()))
+        return tuple(
+            logits.repeat_interleave(repeat, dim=0)
+            for layer, logits in sorted(self.routing.logits.items())
+            if layer == self.routing.first or not self.routing.once
+        )
 
 
 class MixtureForCausalLM(Mixture, LlamaForCausalLM):  # type: ignore[misc]
