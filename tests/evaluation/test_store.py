@@ -347,7 +347,7 @@ def test_a_store_that_another_process_is_creating(path: Path, monkeypatch: pytes
     assert (Busy.refusals, len(waits)) == (0, 3)
     monkeypatch.setattr("modelglue.evaluation.store._PATIENCE", -1.0)
     Busy.refusals = 1
-    assert "database is locked" in refused(path)
+    assert "another process holds this store of scores (database is locked). Wait for it" in refused(path, RunError)
 
 
 def test_a_store_that_somebody_holds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

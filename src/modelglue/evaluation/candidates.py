@@ -105,10 +105,9 @@ class CandidateEvaluator:
             return next(iter(self.evaluate_many([(candidate, plan)])))[1]
         work = self._work(0, candidate, plan)
         try:
-            while work.batches:
+            while batch := work.next_batch():
                 if self._timeout is not None and time.monotonic() > work.end:
                     raise TimeoutError
-                batch = work.batches.popleft()
                 live = self._resident.holding(self.members.expression(candidate), work.key)
                 work.asked.add(marks_of(batch, *answer(live, [item.requests for item in batch])), self._on_batch)
         except Exception as error:
@@ -150,6 +149,13 @@ class _Work:
     lanes: set[int] = field(default_factory=set)
     problem: tuple[Status, str] | None = None
 
+    def next_batch(self) -> list[Item] | None:
+        """Items of the next batch that nobody has scored by now; None where there are no more."""
+        while self.batches:
+            if batch := self.asked.unscored(self.batches.popleft()):
+                return batch
+        return None
+
     def outcome(self, problem: tuple[Status, str] | None = None) -> Scores:
         scores = self.asked.scores(complete=problem is None)
         name = self.candidate.describe()
@@ -183,12 +189,13 @@ class _Shift:
             work = self._next()
             if work is None:
                 return
-            if not work.batches:
-                del self._active[work.key]
-                yield work.number, work.outcome()
+            batch = work.next_batch()
+            if batch is None:
+                if not work.lanes:
+                    del self._active[work.key]
+                    yield work.number, work.outcome()
                 continue
             lane = idle.popleft()
-            batch = work.batches.popleft()
             work.lanes.add(lane)
             self._lane[lane] = (work, batch)
             self._crew.give(lane, (work.candidate, work.key, [item.requests for item in batch]))
@@ -211,10 +218,11 @@ class _Shift:
             work.lanes.discard(lane)
             if work.problem is None:
                 self._take(work, batch, outcome)
-            if work.problem is None and work.batches:  # the same lane goes on with the same candidate
-                self._lane[lane] = (work, work.batches.popleft())
+            more = work.next_batch() if work.problem is None else None
+            if more is not None:  # the same lane goes on with the same candidate
+                self._lane[lane] = (work, more)
                 work.lanes.add(lane)
-                self._crew.give(lane, (work.candidate, work.key, [item.requests for item in self._lane[lane][1]]))
+                self._crew.give(lane, (work.candidate, work.key, [item.requests for item in more]))
             elif not work.lanes:
                 del self._active[work.key]
                 yield work.number, work.outcome(work.problem)

@@ -57,6 +57,12 @@ class Asked:
                 if batch:
                     yield batch
 
+    def unscored(self, batch: Sequence[Item]) -> list[Item]:
+        """Those of a batch that still have no mark: another process that shares the store may have scored some in the meantime."""
+        found = self._store.known(self._identity, [item.key for item in batch])
+        self._known |= found
+        return [item for item in batch if item.key not in found]
+
     def add(self, marks: Mapping[str, Mark], on_batch: BatchListener | None = None) -> None:
         """Commit the marks of one batch, by the items' keys."""
         self._store.add(self._identity, self._description, marks)
@@ -111,7 +117,10 @@ def score_text_model(
     """
     asked = Asked(identity, tasks, store, plan, description=description)
     live: TextModel | None = None
-    for batch in asked.missing():
+    for missing in asked.missing():
+        batch = asked.unscored(missing)
+        if not batch:
+            continue
         if live is None:
             live = model() if callable(model) else model
         asked.add(marks_of(batch, *answer(live, [item.requests for item in batch])), on_batch)

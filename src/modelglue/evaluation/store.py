@@ -172,6 +172,8 @@ class ScoreStore:
             return self._damaged(str(error))
         if _code(error) == sqlite3.SQLITE_FULL:
             return RunError(f"{self.path}: the disk is full ({error}). Free some space and run it again.")
+        if _code(error) == sqlite3.SQLITE_BUSY:
+            return RunError(f"{self.path}: another process holds this store of scores ({error}). Wait for it, or choose another file.")
         return UserError(f"{self.path}: cannot be used as a store of scores ({error}). Choose another file, in a folder you may write to.")
 
 
