@@ -67,6 +67,10 @@ class RouterSpec:
     """What is routed on: prompt, first:N tokens of it, or full (the prompt and a continuation that is to be scored)."""
     seed: int = 0
     """For the random gates."""
+    top_k: int = 1
+    """Experts that answer each sample; above 1 their next-token probabilities are mixed, which needs equal tokenizers."""
+    combine: Literal["probabilities", "logits"] = "probabilities"
+    """What is mixed at a top_k above 1."""
 
     def __post_init__(self) -> None:
         modes = get_args(GateMode)
@@ -77,5 +81,9 @@ class RouterSpec:
             raise UserError(f"router: router_layer is {self.router_layer}; allowed is a whole number from 0, or auto.")
         if not self.temperature > 0:
             raise UserError(f"router: temperature is {self.temperature}; allowed is a number above 0.")
+        if not (isinstance(self.top_k, int) and self.top_k >= 1):
+            raise UserError(f"router: top_k is {self.top_k}; allowed is a whole number from 1 to the number of experts.")
+        if self.combine not in ("probabilities", "logits"):
+            raise UserError(f"router: combine is {self.combine!r}; allowed are probabilities and logits.")
         if not re.fullmatch(ROUTE_SPAN, self.route_span):
             raise UserError(f"router: route_span is {self.route_span!r}; allowed are prompt, full, and first:N with N from 1.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from modelglue.errors import UserError
@@ -29,15 +28,14 @@ class Asked:
 
 
 class Writer:
-    """What continues the texts of a `LiveTextModel` where one greedy answer to each is not all that is wanted."""
+    """What continues the texts of a `LiveTextModel` where one greedy answer to each is not all that is wanted.
 
-    def __init__(self, model: LiveTextModel) -> None:
+    `reader`: what reads ids in the place of the model alone, such as several models whose probabilities are mixed.
+    """
+
+    def __init__(self, model: LiveTextModel, reader: JoiningReader | None = None) -> None:
         self.model = model
-
-    @cached_property
-    def reader(self) -> JoiningReader:
-        """The model, without its text; several where their probabilities are mixed."""
-        return JoiningModel(self.model.model, self.model.pad)
+        self.reader: JoiningReader = JoiningModel(model.model, model.pad) if reader is None else reader
 
     @property
     def limit(self) -> int:
