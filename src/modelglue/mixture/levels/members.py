@@ -32,7 +32,7 @@ class Member:
 
     @cached_property
     def model(self) -> Any:
-        """Its live model on the meta device. CheckpointError for a config that needs code of its own, or that no class can be built from."""
+        """Its live model on the meta device. CheckpointError for a config that no class of transformers fits."""
         config = self.checkpoint.config
         if "auto_map" in config:
             raise CheckpointError(f"{self.label} needs modelling code of its own (auto_map), which can be no part of another model")

@@ -80,9 +80,10 @@ def require(level: Level, experts: Sequence[Member], shared: Member) -> None:
 def best_level(experts: Sequence[Member], shared: Member) -> tuple[Level, list[str]]:
     """What `auto` means, and why no level before it: ffn where experts allow it, else block, else complete models."""
     why: list[str] = []
-    for level in ("ffn", "block"):
-        found = reasons(level, experts, shared)  # type: ignore[arg-type]
+    inside: tuple[Level, ...] = ("ffn", "block")
+    for level in inside:
+        found = reasons(level, experts, shared)
         if not found:
-            return level, why  # type: ignore[return-value]
+            return level, why
         why.append(f"not {level}: {'; '.join(found)}")
     return "model", why

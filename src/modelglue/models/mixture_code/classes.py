@@ -26,14 +26,15 @@ def mixture_class(backbone: str) -> Any:
     stock: Any = getattr(transformers, backbone, None) if isinstance(backbone, str) else None
     if not isinstance(stock, type) or not issubclass(stock, transformers.PreTrainedModel):
         raise CheckpointError(f"config.json: the mixture's backbone is {backbone!r}, which transformers does not have.")
-    config: Any = type("MixtureConfig", (MixtureSettings, stock.config_class), {"model_type": MixtureConfig.model_type})
+    of_stock: Any = getattr(stock, "config_class", None)
+    config: Any = type("MixtureConfig", (MixtureSettings, of_stock), {"model_type": MixtureConfig.model_type})
     return type("MixtureForCausalLM", (Mixture, stock), {"config_class": config})
 
 
 def parsed_config(values: Mapping[str, Any]) -> tuple[Any, Any]:
     """(the config, its model class) of a mixture's config.json. CheckpointError, or whatever a wrong value makes the classes raise."""
     settings = values.get("mixture")
-    made = mixture_class(settings.get("backbone") if isinstance(settings, Mapping) else None)  # type: ignore[arg-type]
+    made = mixture_class(settings.get("backbone") if isinstance(settings, Mapping) else None)
     return made.config_class(**{key: value for key, value in values.items() if key != "model_type"}), made
 
 

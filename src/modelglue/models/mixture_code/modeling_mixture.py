@@ -44,8 +44,8 @@ class Router(nn.Module):
         return self._step("down_", self._step("up_", states.float()).relu())
 
     def _step(self, name: str, states: Tensor) -> Tensor:
-        bias = self._parameters[f"{name}bias"]
-        return nn.functional.linear(states, self._parameters[f"{name}weight"].float(), None if bias is None else bias.float())
+        weight, bias = getattr(self, f"{name}weight"), getattr(self, f"{name}bias")
+        return nn.functional.linear(states, weight.float(), None if bias is None else bias.float())
 
 
 class Routing:
@@ -267,7 +267,7 @@ def _flat(value: Any, states: Tensor) -> Any:
 def _of_rows(name: str, value: Any, rows: Tensor, count: int) -> Any:
     """What a decoder layer is given under a name, for these of `count` rows."""
     if name == "alibi" and isinstance(value, Tensor):  # [B * heads, 1, S]
-        return value.unflatten(0, (count, -1))[rows].flatten(0, 1)
+        return value.view(count, -1, *value.shape[1:])[rows].flatten(0, 1)
     return value if name == "position_bias" else _take(value, rows, count)  # [heads, 1, S]
 
 
@@ -287,12 +287,16 @@ class Mixture:
 
     config: Any
     routing: Routing
+    backbone: Any
+    forward: Any
+    training: bool
+    generation_config: Any
     _can_compile_fullgraph = False  # which experts are at work depends on the data
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        stock = next(base for base in cls.__mro__[1:] if "forward" in vars(base) and not issubclass(base, Mixture))
-        cls.backbone = stock  # type: ignore[attr-defined]
+        stock: Any = next(base for base in cls.__mro__[1:] if "forward" in vars(base) and not issubclass(base, Mixture))
+        cls.backbone = stock
         kept = getattr(stock, "_keep_in_fp32_modules_strict", None) or ()
         cls._keep_in_fp32_modules_strict = {*kept, "router"}  # type: ignore[attr-defined]
         signature = inspect.signature(stock.forward)
@@ -302,16 +306,17 @@ class Mixture:
         ]
         at = len(names) - (names[-1].kind is inspect.Parameter.VAR_KEYWORD)
 
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def mixed(self: Any, *args: Any, **kwargs: Any) -> Any:
             return self._mixed_forward(args, kwargs)
 
+        forward: Any = mixed
         forward.__doc__ = stock.forward.__doc__
-        forward.__signature__ = signature.replace(parameters=[*names[:at], *extra, *names[at:]])  # type: ignore[attr-defined]
-        cls.forward = forward  # type: ignore[attr-defined]
+        forward.__signature__ = signature.replace(parameters=[*names[:at], *extra, *names[at:]])
+        cls.forward = forward
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check(config.mixture, config.get_text_config().num_hidden_layers)
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         settings = config.mixture
         self.routing = Routing(settings)
         layers = self.get_submodule(settings["layers"])  # type: ignore[attr-defined]
@@ -320,7 +325,7 @@ class Mixture:
         self._expert_configs, experts, rotary = [], [], []
         for number in range(len(settings["experts"])):
             own = config.of_expert(number)
-            donor = self.backbone(own)  # type: ignore[attr-defined]
+            donor = self.backbone(own)
             blocks = donor.get_submodule(settings["layers"])
             experts.append({layer: blocks[layer] if path is None else blocks[layer].get_submodule(path) for layer in mixed})
             beside = donor.get_submodule(settings["layers"].rpartition(".")[0])
@@ -342,21 +347,21 @@ class Mixture:
     @property
     def routes_prompts(self) -> bool:
         """Whether who calls should say how long the prompt is, and read it in one piece."""
-        return self.routing.by_sample
+        return bool(self.routing.by_sample)
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, told where the prompt ends."""
         if self.routing.by_sample and self.config.mixture["compat"] != "official":
             ids = next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), inputs)
             chunked = kwargs.get("prefill_chunk_size") or getattr(kwargs.get("generation_config"), "prefill_chunk_size", None)
-            if chunked or self.generation_config.prefill_chunk_size:  # type: ignore[attr-defined]
+            if chunked or self.generation_config.prefill_chunk_size:
                 raise ValueError("this mixture routes by the whole prompt: leave prefill_chunk_size out.")
             if ids is not None:
                 kwargs.setdefault("prompt_length", ids.shape[1])
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _mixed_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        stock = self.backbone.forward  # type: ignore[attr-defined]
+        stock = self.backbone.forward
         bound = inspect.signature(stock).bind_partial(self, *args).arguments
         bound.pop("self", None)
         kwargs = {**bound, **kwargs}
@@ -367,7 +372,7 @@ class Mixture:
         for own in self._expert_configs:
             own._attn_implementation = self.config._attn_implementation
         tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-        mask = kwargs.get("attention_mask")
+        mask: Any = kwargs.get("attention_mask")
         plain = isinstance(mask, Tensor) and mask.dim() == 2
         real = mask[:, -tokens.shape[1] :].bool() if plain else torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         if plain and not official and kwargs.get("position_ids") is None and "position_ids" in inspect.signature(stock).parameters:
@@ -397,7 +402,7 @@ class Mixture:
 
     def _routed_cache(self, kwargs: dict[str, Any], *, official: bool) -> Any:
         """The cache of this call (None without one), with a place for the decision in every mixed layer."""
-        name = next(name for name in CACHE_NAMES if name in inspect.signature(self.backbone.forward).parameters)  # type: ignore[attr-defined]
+        name = next(name for name in CACHE_NAMES if name in inspect.signature(self.backbone.forward).parameters)
         for other in CACHE_NAMES:
             if other != name and other in kwargs:
                 kwargs[name] = kwargs.pop(other)
