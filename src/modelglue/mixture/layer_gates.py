@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from modelglue.errors import UserError
-from modelglue.mixture.router import WITHOUT_PROMPTS, Encoded, Reader, gate_row, random_row
+from modelglue.mixture.router import Encoded, Reader, gate_row, random_row
 from modelglue.mixture.spec import ExpertSpec
 
 if TYPE_CHECKING:
@@ -22,11 +22,18 @@ HIGH_CONDITION = 5.0
 _NO_CONDITION = 1e30
 
 
-def layer_gates(reader: Reader, experts: Sequence[ExpertSpec], mode: str, layers: Sequence[int], *, seed: int = 0) -> torch.Tensor:
-    """Gate rows of every expert at the given layers: float32 [layers, experts, d].
+def random_gates(names: Sequence[str], width: int, mode: str, layers: Sequence[int], *, seed: int = 0) -> torch.Tensor:
+    """Rows by chance, float32 [layers, experts, width]: `random` (standard normal) or `uniform_random` (within 1 / sqrt(width))."""
+    import torch
 
-    Modes: `hidden`, `hidden_avg`, `cheap_embed` (the same rows at every layer), `random` (standard normal) and `uniform_random` (within
-    1 / sqrt(d)); rows from prompts have unit length. One pass of each side of an expert's prompts through the encoder, in one thread.
+    return torch.stack([torch.stack([random_row(seed, f"{name}/{layer}", width, mode) for name in names]) for layer in layers])
+
+
+def layer_gates(reader: Reader, experts: Sequence[ExpertSpec], mode: str, layers: Sequence[int]) -> torch.Tensor:
+    """Gate rows of every expert at the given layers, from its prompts: float32 [layers, experts, d], of unit length.
+
+    Modes: `hidden`, `hidden_avg`, `cheap_embed` (the same rows at every layer). One pass of each side of an expert's prompts through the
+    encoder, in one thread.
 
     Raises UserError for an expert without positive prompts, with negative prompts that cancel them, or whose states are not finite.
     """
@@ -35,9 +42,6 @@ def layer_gates(reader: Reader, experts: Sequence[ExpertSpec], mode: str, layers
     from modelglue.checkpoint.engine.workers import single_thread
 
     with single_thread():
-        if mode in WITHOUT_PROMPTS:
-            rows = [[random_row(seed, f"{expert.name}/{layer}", reader.width, mode) for expert in experts] for layer in layers]
-            return torch.stack([torch.stack(row) for row in rows])
         return torch.stack([_rows(reader, expert, mode, layers) for expert in experts], dim=1)
 
 
