@@ -56,6 +56,8 @@ class CachedModel:
         self._cache = next((name for name in ("cache", "past_key_values", "cache_params") if name in known), "past_key_values")
         self._counts_positions = "position_ids" in known
         self._can_keep = "logits_to_keep" in known
+        self.routes_prompts = bool(getattr(model, "routes_prompts", False))
+        """Whether the model decides by a prompt what to do with what follows: a prompt is then read in one piece, and nothing else is."""
 
     @cached_property
     def shareable(self) -> int:
@@ -76,10 +78,13 @@ class CachedModel:
         """`batches` of rows that this model may read together."""
         return batches(lengths, positions, equal=not self.shareable)
 
-    def read(self, pieces: Sequence[Sequence[int]], past: Past | None = None, *, keep: int) -> tuple[torch.Tensor, Past]:
+    def read(
+        self, pieces: Sequence[Sequence[int]], past: Past | None = None, *, keep: int, prompts: bool = True
+    ) -> tuple[torch.Tensor, Past]:
         """Read one more piece in every row: logits [B, >= keep, V] up to the last position, and the past with the pieces in it.
 
-        The past that went in is used up: take `rows` of it where it is still needed. No piece may be empty.
+        The past that went in is used up: take `rows` of it where it is still needed. No piece may be empty. `prompts`: the first pieces
+        are prompts, which something else will follow (and no texts in which nobody knows where a prompt ends).
         """
         import torch
 
@@ -87,11 +92,12 @@ class CachedModel:
         device = self._model.device
         ids = torch.tensor([[self._pad] * (width - len(piece)) + list(piece) for piece in pieces], device=device)
         mask = torch.tensor([[0] * (width - len(piece)) + [1] * len(piece) for piece in pieces], device=device)
-        return self._call(ids, mask, past, keep, padded=min(len(piece) for piece in pieces) < width)
+        padded = min(len(piece) for piece in pieces) < width
+        return self._call(ids, mask, past, keep, padded=padded, prompts=prompts and past is None)
 
     def step(self, ids: torch.Tensor, past: Past) -> tuple[torch.Tensor, Past]:
         """Read one more id [B] in every row: logits [B, 1, V], and the past."""
-        return self._call(ids[:, None], past.mask.new_ones(len(ids), 1), past, 1, padded=False)
+        return self._call(ids[:, None], past.mask.new_ones(len(ids), 1), past, 1, padded=False, prompts=False)
 
     def shared(self, beginnings: Sequence[list[int]], longest: int) -> tuple[int, Past | None]:
         """(length of what all beginnings begin with, its past in one row) where reading that once is worth a pass, else (0, None).
@@ -105,7 +111,9 @@ class CachedModel:
             return 0, None
         return count, self.read([beginnings[0][:count]], keep=1)[1]
 
-    def _call(self, ids: torch.Tensor, mask: torch.Tensor, past: Past | None, keep: int, *, padded: bool) -> tuple[torch.Tensor, Past]:
+    def _call(
+        self, ids: torch.Tensor, mask: torch.Tensor, past: Past | None, keep: int, *, padded: bool, prompts: bool
+    ) -> tuple[torch.Tensor, Past]:
         import torch
 
         options: dict[str, Any] = {self._cache: None}
@@ -118,8 +126,10 @@ class CachedModel:
                 options["position_ids"] = (mask.cumsum(dim=1) - 1)[:, -ids.shape[1] :].clamp(min=0)
         if self._can_keep:
             options["logits_to_keep"] = keep
+        if prompts and self.routes_prompts:
+            options["prompt_length"] = ids.shape[1]
         output = self._model(input_ids=ids, use_cache=True, **options)
-        if not hasattr(output, self._cache):
+        if getattr(output, self._cache, None) is None:
             raise CheckpointError(f"{type(self._model).__name__}: hands out no cache, so it cannot continue text here. Use another model.")
         return output.logits, Past(getattr(output, self._cache), mask, padded)
 

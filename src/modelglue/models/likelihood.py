@@ -43,7 +43,21 @@ def score_rows(reader: CachedModel, rows: Sequence[Row], vocabulary: int) -> lis
     """
     tally = _Tally([0.0] * len(rows), [True] * len(rows))
     longest = max((len(row.ids) for row in rows), default=0)
-    stems = _stems(rows, share=longest <= reader.shareable)
+    if not reader.routes_prompts:
+        _score(reader, rows, _stems(rows, share=longest <= reader.shareable), vocabulary, tally)
+        return list(zip(tally.totals, tally.greedy, strict=True))
+    # What a prompt decides must not depend on what is scored behind it; a row that begins with its continuation has no prompt.
+    stems = _stems(rows, share=True, apart=True)
+    for prompts in (True, False):
+        part = [stem for stem in stems if _has_prompt(rows[stem.places[0]]) == prompts]
+        _score(reader, rows, part, vocabulary, tally, prompts=prompts)
+    return list(zip(tally.totals, tally.greedy, strict=True))
+
+
+def _score(
+    reader: CachedModel, rows: Sequence[Row], stems: Sequence[_Stem], vocabulary: int, tally: _Tally, *, prompts: bool = True
+) -> None:
+    longest = max((len(rows[place].ids) for stem in stems for place in stem.places), default=0)
     shared, past = reader.shared([stem.ids[: rows[stem.places[0]].start - 1] for stem in stems], longest)
     positions = min(BATCH_POSITIONS, _LOGIT_ELEMENTS // vocabulary)
     for batch in reader.batches([len(stem.ids) for stem in stems], positions):
@@ -52,12 +66,11 @@ def score_rows(reader: CachedModel, rows: Sequence[Row], vocabulary: int) -> lis
             (i, place, rows[place].ids[rows[place].start : len(stem.ids) + 1]) for i, stem in enumerate(chosen) for place in stem.places
         ]
         before = None if past is None else past.rows([0] * len(chosen))
-        logits, after = reader.read([stem.ids[shared:] for stem in chosen], before, keep=_longest(heads))
+        logits, after = reader.read([stem.ids[shared:] for stem in chosen], before, keep=_longest(heads), prompts=prompts)
         tally.add(logits, heads)
         tails = [(number, place) for number, place, head in heads if rows[place].start + len(head) < len(rows[place].ids)]
         for part in reader.batches([len(rows[place].ids) for _, place in tails], positions):
             _score_tails(reader, [tails[i] for i in part], rows, after, tally)
-    return list(zip(tally.totals, tally.greedy, strict=True))
 
 
 def _score_tails(reader: CachedModel, tails: Sequence[tuple[int, int]], rows: Sequence[Row], past: Past, tally: _Tally) -> None:
@@ -92,17 +105,24 @@ class _Tally:
                 self.greedy[cell[3]] &= is_best
 
 
-def _stems(rows: Sequence[Row], *, share: bool) -> list[_Stem]:
-    """What has to be read to score the rows; rows without a continuation need nothing."""
+def _stems(rows: Sequence[Row], *, share: bool, apart: bool = False) -> list[_Stem]:
+    """What has to be read to score the rows; rows without a continuation need nothing. `apart`: prompts are read by themselves."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for place, row in enumerate(rows):
         if row.start < len(row.ids):
-            groups.setdefault(tuple(row.ids[: row.start]) if share else (place,), []).append(place)
+            alone = not share or (apart and not _has_prompt(row))
+            groups.setdefault((place,) if alone else tuple(row.ids[: row.start]), []).append(place)
     stems = []
     for places in groups.values():
         row = rows[places[0]]
-        stems.append(_Stem(row.ids[:-1] if len(places) == 1 else row.ids[: row.start], places))
+        whole = len(places) == 1 and not (apart and _has_prompt(row))
+        stems.append(_Stem(row.ids[:-1] if whole else row.ids[: row.start], places))
     return stems
+
+
+def _has_prompt(row: Row) -> bool:
+    """Whether anything stands before the continuation but the id that begins every text."""
+    return row.start > 1
 
 
 def _longest(targets: Sequence[tuple[int, int, Sequence[int]]]) -> int:

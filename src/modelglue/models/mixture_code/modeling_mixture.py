@@ -351,7 +351,9 @@ class Mixture:
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, told where the prompt ends."""
-        if self.routing.by_sample and self.config.mixture["compat"] != "official":
+        if self.routing.by_sample and self.config.mixture["compat"] == "official":
+            kwargs["use_cache"] = False
+        elif self.routing.by_sample:
             ids = next((kwargs[key] for key in ("input_ids", "inputs_embeds") if kwargs.get(key) is not None), inputs)
             chunked = kwargs.get("prefill_chunk_size") or getattr(kwargs.get("generation_config"), "prefill_chunk_size", None)
             if chunked or self.generation_config.prefill_chunk_size:
