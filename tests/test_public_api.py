@@ -43,6 +43,7 @@ OPTIONS = {
         "--recipe --out --workers --memory --device --executor --shard-size --seed --allow-mixed --truncate-vocabulary --strict "
         "--overwrite --quiet --json"
     ),
+    "mix": "--recipe --out --workers --memory --shard-size --strict --overwrite --quiet --json",
     "check": "--recipe --out --workers --memory --allow-mixed --truncate-vocabulary --strict --similarity --json --quiet",
     "convert": "--recipe --out --strict --overwrite --json",
     "methods": "--name --json",

@@ -30,6 +30,7 @@ COMMANDS = {
     "demo": ("modelglue.cli.demo:demo", "The whole recipe on the tiny zoo that comes with the repository."),
     "glue": ("modelglue.cli.glue:glue", "Turn a zoo into one model: group, select, merge, route, report."),
     "merge": ("modelglue.cli.merge:merge", "Merge models by a recipe."),
+    "mix": ("modelglue.cli.mix:mix", "Join models as experts of one model."),
     "check": ("modelglue.cli.check:check", "Say from headers alone whether a recipe will work and what it needs."),
     "convert": ("modelglue.cli.convert:convert", "Print a recipe of mergekit's as one of ours."),
     "methods": ("modelglue.cli.methods:methods", "List the merge methods, or explain one."),
@@ -77,7 +78,7 @@ def _run(arguments: list[str]) -> None:
             app[command].help = None  # the list of commands shows one line of help, the command itself its whole docstring
     elif command and not command.startswith("-"):
         raise UserError(f"there is no command '{command}'.{did_you_mean(command, COMMANDS)} Known: {', '.join(COMMANDS)}.")
-    if command == "merge":
+    if command in ("merge", "mix"):
         arguments = _in_our_words(arguments)
     app(arguments)
 

@@ -16,7 +16,7 @@ from modelglue.recipe.several import assemble
 
 #: recipes of mergekit's other tools, by the key that gives them away
 _OTHER_TOOLS = {
-    "experts": "is a recipe for a mixture of experts, not for a merge. `modelglue glue` builds mixtures from a zoo of models.",
+    "experts": "is a recipe for a mixture of experts, not for a merge. `modelglue mix FILE OUT` makes it.",
     "genome": "is a plan for an evolutionary search, not a merge. `modelglue search run FILE OUT` runs it.",
 }
 

@@ -36,16 +36,14 @@ def model_card(checkpoint: Checkpoint, recipe: str, references: Mapping[str, str
 {front}
 ---
 
-# Merged model
-
-Made with modelglue by the method `{checkpoint.describe().get("method", "copy")}` from:
+{_heading(checkpoint)}
 
 {_table(found)}
 
 {_licences(found)}
 
-The recipe. Paths in it are seen from this folder; `modelglue merge modelglue_recipe.yaml ../again`, called here, gives these
-same bytes again, and `modelglue verify .` says whether these are still the bytes that were written:
+The recipe. Paths in it are seen from this folder; `modelglue {_command(checkpoint)} modelglue_recipe.yaml ../again`, called here, gives
+these same bytes again, and `modelglue verify .` says whether these are still the bytes that were written:
 
 ```yaml
 {recipe.strip()}
@@ -59,6 +57,21 @@ To load it:
 """
 
 
+def _command(checkpoint: Checkpoint) -> str:
+    """Which command the recipe is for."""
+    return "mix" if "experts" in checkpoint.describe() else "merge"
+
+
+def _heading(checkpoint: Checkpoint) -> str:
+    described = checkpoint.describe()
+    if "experts" not in described:
+        return f"# Merged model\n\nMade with modelglue by the method `{described.get('method', 'copy')}` from:"
+    oldest = None if "auto_map" in checkpoint.config else checkpoint.config.get("transformers_version")
+    needs = f" Needs transformers {oldest} or later." if oldest else ""
+    kind = next(iter(checkpoint.config.get("architectures") or []), "one model")
+    return f"# Mixture of experts\n\n{len(described['experts'])} experts in one `{kind}`.{needs} Made with modelglue from:"
+
+
 def _front_matter(checkpoint: Checkpoint, found: Sequence[Parent]) -> dict[str, Any]:
     """The hub's fields; a licence only where every parent has it."""
     front: dict[str, Any] = {}
@@ -70,7 +83,7 @@ def _front_matter(checkpoint: Checkpoint, found: Sequence[Parent]) -> dict[str, 
     if (licence := common_licence(list(found))) is not None:
         front["license"] = licence.id
         front |= {key: value for key, value in (("license_name", licence.name), ("license_link", licence.link)) if value is not None}
-    return {**front, "tags": ["merge", "modelglue"]}
+    return {**front, "tags": ["merge", "modelglue", *(["moe"] if _command(checkpoint) == "mix" else [])]}
 
 
 def _table(found: Sequence[Parent]) -> str:

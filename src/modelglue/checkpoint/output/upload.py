@@ -12,6 +12,7 @@ import yaml
 
 from modelglue.checkpoint.output.verify import verify
 from modelglue.checkpoint.output.writer import RECIPE_FILE
+from modelglue.checkpoint.reference import REFERENCE_KEYS
 from modelglue.errors import RunError, UserError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -72,7 +73,7 @@ def _references(value: Any) -> Iterator[str]:
             yield from _references(one)
     elif isinstance(value, dict):
         for key, one in value.items():
-            if key in ("model", "base") and isinstance(one, str):
+            if key in REFERENCE_KEYS and isinstance(one, str):
                 yield one
             else:
                 yield from _references(one)

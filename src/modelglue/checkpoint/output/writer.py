@@ -30,7 +30,7 @@ from modelglue.checkpoint.output.record import RECORD_FILE, record
 from modelglue.checkpoint.output.staging import JOURNAL, LOCK, check_apart, json_bytes, staged
 from modelglue.checkpoint.output.yaml_text import yaml_text
 from modelglue.checkpoint.protocol import Checkpoint, SideFile
-from modelglue.checkpoint.reference import reference_from
+from modelglue.checkpoint.reference import REFERENCE_KEYS, reference_from
 from modelglue.errors import CheckpointError, RunError
 from modelglue.settings import cache_dir
 
@@ -118,7 +118,7 @@ def _renamed(description: Any, references: Mapping[str, str]) -> Any:
     if not isinstance(description, dict):
         return description
     return {
-        key: references.get(value, value) if key in ("model", "base") and isinstance(value, str) else _renamed(value, references)
+        key: references.get(value, value) if key in REFERENCE_KEYS and isinstance(value, str) else _renamed(value, references)
         for key, value in description.items()
     }
 

@@ -70,7 +70,7 @@ class Export(ABC):
             **({"head_dim": unit} if unit * heads != shared.width or self.model_type == "qwen3_moe" else {}),
             "rope_theta": rope["rope_theta"],
             **({"rope_scaling": scaling} if shared.scaled_rope else {}),
-            "torch_dtype" if "torch_dtype" in shared.config else "dtype": CONFIG_DTYPES[parts.dtype],
+            "torch_dtype": CONFIG_DTYPES[parts.dtype],
             **({"transformers_version": "5.0.0"} if self.needs_transformers_5(parts) else {}),
             **self._config(parts),
         }
