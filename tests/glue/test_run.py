@@ -48,8 +48,8 @@ def measured(finished: Finished) -> dict[str, dict[str, Scores]]:
 
 def test_files(finished: Finished) -> None:
     assert sorted(path.name for path in finished.run.iterdir()) == [
-        ".lock", "decisions.json", "families.json", "log.jsonl", "mixture", "recipe.yaml", "representatives", "results.json", "run.json",
-        "scores.sqlite", "similarity.safetensors", "zoo.json",
+        ".lock", "decisions.json", "families.json", "log.jsonl", "mixture", "recipe.yaml", "representatives", "results.json",
+        "router.json", "run.json", "scores.sqlite", "similarity.safetensors", "zoo.json",
     ]  # fmt: skip
     assert [path.name for path in (finished.run / "representatives").iterdir()] == ["family-0"]
     assert sorted(path.name for path in (finished.run / "mixture").iterdir()) == ["mixture.json", "router.safetensors"]
@@ -91,7 +91,7 @@ def test_log(finished: Finished) -> None:
     """Times are here and nowhere else; what was scored was scored once."""
     lines = [json.loads(line) for line in (finished.run / "log.jsonl").read_text().splitlines()]
     named = [line["event"] for line in lines if line["event"] != "batch"]
-    assert named == ["zoo.json", "similarity", "families.json", "ranking", "selection", "write family-0", "mixture", "test"]
+    assert named == ["zoo.json", "similarity", "families.json", "ranking", "selection", "write family-0", "router.json", "mixture", "test"]
     assert computed_items(finished.run) == (committed_items(finished.run), 8)
 
 

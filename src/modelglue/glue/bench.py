@@ -160,7 +160,10 @@ def run_key(bench: Bench) -> str:
 
 
 def prompts_of(bench: Bench, members: Sequence[str], won: Sequence[str]) -> dict[str, list[str]]:
-    """Router prompts of one expert: those of its members, else the default words of their domains, else items of the tasks it won."""
+    """Router prompts of one expert: those of its members, else the default words of their domains, else items of the tasks it won.
+
+    None at all is possible: what learns from scores needs none.
+    """
     positive: list[str] = []
     negative: list[str] = []
     for alias in members:
@@ -174,8 +177,9 @@ def prompts_of(bench: Bench, members: Sequence[str], won: Sequence[str]) -> dict
             negative += found["negative"]
     if not positive:
         positive = [text for skill in won for text in bench.tasks["proxy"].contexts(skill)[:16]]
-    if not positive:
-        raise UserError(
-            f"expert of {', '.join(members)}: no router prompts. Give the models prompts: {{positive: [...]}} or a domain: tag."
-        )
     return {"positive": list(dict.fromkeys(positive)), "negative": list(dict.fromkeys(negative))}
+
+
+def without_prompts(members: Sequence[str]) -> UserError:
+    """An expert for which no router can be made from prompts."""
+    return UserError(f"expert of {', '.join(members)}: no router prompts. Give the models prompts: {{positive: [...]}} or a domain: tag.")

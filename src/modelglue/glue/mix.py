@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modelglue.glue.bench import Bench, prompts_of
+from modelglue.errors import UserError
+from modelglue.glue.bench import Bench, prompts_of, without_prompts
 from modelglue.glue.decide import Representative, references_from
 from modelglue.glue.experts import Verdict
-from modelglue.glue.replay import MixturePlan, PlannedExpert
+from modelglue.glue.learned import PlannedRouter
+from modelglue.glue.replay import MixturePlan, PlannedExpert, path_of
 from modelglue.glue.run_folder import RunFolder
 from modelglue.mixture import Mixture, load_report, oracle_gap
+from modelglue.mixture.routing import Fit, ScoredItems, learn_router
 from modelglue.recipe import Candidate, Scores, interval, paired_interval
 
 
@@ -21,6 +24,8 @@ def plan_mixture(bench: Bench, run: RunFolder, kept: Sequence[tuple[Representati
     for representative, verdict in kept:
         members = representative.candidate.members
         prompts = prompts_of(bench, members, verdict.won)
+        if not prompts["positive"] and bench.file.router.source == "prompts":
+            raise without_prompts(members)
         path = f"representatives/{representative.name}" if bench.is_written(representative.candidate) else references[members[0]]
         domains = dict.fromkeys(tag for alias in members for tag in bench.models[alias].domain)
         experts.append(
@@ -43,18 +48,75 @@ def plan_mixture(bench: Bench, run: RunFolder, kept: Sequence[tuple[Representati
     )  # fmt: skip
 
 
+def learn(bench: Bench, run: RunFolder, kept: Sequence[tuple[Representative, Verdict]], plan: MixturePlan) -> MixturePlan:
+    """The plan with a router that was learned from the experts' proxy scores, where that is wanted and better; see `learn_router`.
+
+    Scores nothing: the search has scored every representative on the proxy items. `router.json` keeps what was found. Raises UserError if
+    neither scores nor prompts make a router.
+    """
+    options = bench.file.router
+    if options.source == "prompts":
+        return plan
+    step = run.step("router.json", lambda: _learned(bench, run, kept, plan))
+    if step["router"] is not None:
+        return plan.model_copy(update={"learned": PlannedRouter.model_validate(step["router"])})
+    if options.source == "scores":
+        raise UserError(f"router.source is 'scores': {step['message']} Give more proxy items, or source: auto.")
+    for expert, (representative, _) in zip(plan.experts, kept, strict=True):
+        if not expert.positive:
+            raise without_prompts(representative.candidate.members)
+    return plan
+
+
+def how_learned(run: RunFolder) -> dict[str, Any] | None:
+    """What came of learning, without the router itself; None where it was not asked for."""
+    found = run.read_json("router.json")
+    return None if found is None else {key: value for key, value in found.items() if key != "router"}
+
+
+def _learned(bench: Bench, run: RunFolder, kept: Sequence[tuple[Representative, Verdict]], plan: MixturePlan) -> dict[str, Any]:
+    """router.json: what was found, and the router if it is to be used."""
+    options, mixture = bench.file.router, bench.file.mixture
+    texts = {skill: {item.id: item.context for item in items} for skill, items in bench.tasks["proxy"].skills.items()}
+    items = ScoredItems.of(texts, {r.name: bench.score(r.candidate, "proxy") for r, _ in kept})
+    specs = plan.specs(run.root)
+    encoder = None if plan.encoder is None else path_of(run.root, plan.encoder)
+    fit = Fit(kind=mixture.router, objective=options.objective, hidden=options.hidden, seed=bench.file.seed)
+    found = learn_router(specs, items, plan.router, fit, encoder=encoder, always=options.source == "scores")
+    router = None
+    if found.router is not None and found.used:
+        places = {spec.path: expert.model for spec, expert in zip(specs, plan.experts, strict=True)}
+        router = PlannedRouter(
+            kind=found.router.gate.kind, encoder=places.get(found.router.encoder) or str(plan.encoder), router_layer=found.router.layer,
+            temperature=found.router.temperature, training=found.router.training, tensors=PlannedRouter.text_of(found.router.gate),
+        )  # fmt: skip
+    return {**found.to_json(), "router": router.model_dump(mode="json") if router is not None else None}
+
+
 def diagnose(bench: Bench, mixture: Mixture, scores: Scores, experts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """The router's self-test, its load on the proxy items, and what a perfect router would add."""
     proxy = bench.tasks["proxy"]
     contexts = {skill: proxy.contexts(skill) for skill in proxy.skills}
-    report = mixture.self_test()
+    described = self_test_of(mixture)
     load = load_report(mixture, contexts)
     return {
-        **report.to_json(),
+        **described,
         "load": load.load,
-        "warnings": [*report.warnings, *load.warnings],
+        "warnings": [*described["warnings"], *load.warnings],
         "oracle_gap": oracle_gap(experts, scores.tasks()),
     }
+
+
+def self_test_of(mixture: Mixture) -> dict[str, Any]:
+    """What the router makes of the experts' own prompts; nothing where there are none, which only a learned router can do without."""
+    try:
+        return mixture.self_test().to_json()
+    except UserError:
+        manifest = mixture.manifest
+        return {
+            "gate_mode": manifest.gate_mode, "router_layer": manifest.router_layer, "encoder": manifest.encoder, "self_test": None,
+            "condition_number": {"gate": None}, "margin": None, "warnings": [],
+        }  # fmt: skip
 
 
 def confirm(bench: Bench, representatives: Sequence[Representative], mixture: Mixture | None) -> tuple[dict[str, Any], Scores | None]:

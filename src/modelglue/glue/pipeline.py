@@ -104,6 +104,8 @@ def _walk(bench: Bench, run: RunFolder, workers: int | None) -> None:
     verdicts = decide.verdicts(bench, representatives)
     kept = [(r, verdict) for r, verdict in zip(representatives, verdicts, strict=True) if verdict.kept]
     plan = mix.plan_mixture(bench, run, kept) if len(kept) > 1 else None
+    if plan is not None:
+        plan = mix.learn(bench, run, kept, plan)
     with run.timed("mixture"):
         if plan is not None and not run.path("mixture").is_dir():
             plan.write(run.root, run.path("mixture"))
@@ -114,6 +116,7 @@ def _walk(bench: Bench, run: RunFolder, workers: int | None) -> None:
     router = None
     if mixture is not None and scores is not None:
         router = mix.diagnose(bench, mixture, scores, {r.name: r.proxy for r, _ in kept})
+        router["learned"] = mix.how_learned(run)
     decisions = {
         "tasks": {split: bench.skills(split) for split in bench.splits},
         "ranking": ranking,

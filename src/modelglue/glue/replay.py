@@ -19,8 +19,9 @@ from modelglue.checkpoint.reference import moved_reference
 from modelglue.errors import UserError
 from modelglue.glue.bench import Bench, renamed
 from modelglue.glue.decide import Representative, references_from
+from modelglue.glue.learned import PlannedRouter
 from modelglue.glue.run_folder import RunFolder, open_run
-from modelglue.mixture import ExpertSpec, Manifest, RouterSpec, write_mixture
+from modelglue.mixture import ExpertSpec, Manifest, RouterSpec, TrainedRouter, write_mixture
 from modelglue.recipe import Document, Recipe, build, canonical, read_recipe
 
 RECIPE = "recipe.yaml"
@@ -54,26 +55,44 @@ class MixturePlan(Planned):
     route_span: str = "prompt"
     seed: int = 0
     pack: bool = False
+    learned: PlannedRouter | None = None
+    """The router that was learned from scores; then mode, layer and temperature above, and the prompts, are not used."""
 
-    def write(self, root: Path, directory: Path) -> None:
-        """Write the mixture folder; references are taken from `root`."""
-        experts = [
-            ExpertSpec(name=e.name, path=_path(root, e.model), domain=e.domain, positive=e.positive, negative=e.negative)
+    def specs(self, root: Path) -> list[ExpertSpec]:
+        """The experts, their references taken from `root`."""
+        return [
+            ExpertSpec(name=e.name, path=path_of(root, e.model), domain=e.domain, positive=e.positive, negative=e.negative)
             for e in self.experts
         ]
-        router = RouterSpec(
+
+    @property
+    def router(self) -> RouterSpec:
+        """How the router from prompts is made."""
+        return RouterSpec(
             gate_mode=self.gate_mode, router_layer=self.router_layer, temperature=self.temperature,
             route_span=self.route_span, seed=self.seed,
         )  # fmt: skip
-        encoder = None if self.encoder is None else _path(root, self.encoder)
-        write_mixture(directory, experts, router, encoder=encoder, pack=self.pack)
+
+    def write(self, root: Path, directory: Path) -> None:
+        """Write the mixture folder; references are taken from `root`."""
+        encoder = None if self.encoder is None else path_of(root, self.encoder)
+        trained = None
+        if self.learned is not None:
+            found = self.learned
+            trained = TrainedRouter(
+                found.gate(len(self.experts)), path_of(root, found.encoder), found.router_layer, found.temperature, found.training
+            )  # fmt: skip
+        write_mixture(directory, self.specs(root), self.router, encoder=encoder, trained=trained, pack=self.pack)
 
     def places(self) -> list[str]:
         """Every model that the mixture is made of, its encoder included."""
-        return [expert.model for expert in self.experts] + ([self.encoder] if self.encoder is not None else [])
+        encoder = self.encoder if self.learned is None else self.learned.encoder
+        return [expert.model for expert in self.experts] + ([encoder] if encoder is not None else [])
 
     def decided(self, manifest: Manifest) -> MixturePlan:
         """The plan with what was left to `auto` as it was decided."""
+        if self.learned is not None:
+            return self
         encoder = self.encoder
         if encoder is None:
             encoder = self.experts[[expert.reference for expert in manifest.experts].index(manifest.encoder)].model
@@ -82,7 +101,9 @@ class MixturePlan(Planned):
     def moved(self, old: Path, new: Path) -> MixturePlan:
         """The same plan for a run folder elsewhere: what stands inside the run stays, what stands outside is found from there."""
         experts = tuple(e.model_copy(update={"model": _seen_from(e.model, old, new)}) for e in self.experts)
-        return self.model_copy(update={"experts": experts, "encoder": self.encoder and _seen_from(self.encoder, old, new)})
+        learned = self.learned and self.learned.model_copy(update={"encoder": _seen_from(self.learned.encoder, old, new)})
+        encoder = self.encoder and _seen_from(self.encoder, old, new)
+        return self.model_copy(update={"experts": experts, "encoder": encoder, "learned": learned})
 
 
 class ReplayBody(Planned):
@@ -167,7 +188,7 @@ def _inside(reference: str) -> bool:
     return reference.startswith("representatives/")
 
 
-def _path(folder: Path, reference: str) -> Path:
+def path_of(folder: Path, reference: str) -> Path:
     """What a reference of the recipe.yaml in `folder` means: a path from there, or a hub id."""
     local = folder / reference
     return local if _inside(reference) or reference.startswith(".") or local.exists() else Path(reference)

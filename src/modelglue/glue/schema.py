@@ -65,7 +65,8 @@ class MixtureOptions(Group):
     """Which representatives become experts, and how they are joined."""
 
     level: Literal["model"] = "model"
-    router: Literal["linear"] = "linear"
+    router: Literal["linear", "mlp"] = "linear"
+    """`mlp` has one hidden layer, and has to be learned."""
     routing: Literal["sample"] = "sample"
     top_k: Literal[1] = 1
     keep: Literal["winners", "all"] = "winners"
@@ -78,11 +79,17 @@ class MixtureOptions(Group):
 
 
 class RouterOptions(Group):
-    """The training-free linear router.
+    """The router: learned from the proxy scores of the experts, or made from prompts without training.
 
     The published pipeline reads the last position (`hidden`) of token embeddings (layer 0), which is blind where prompts end alike.
     """
 
+    source: Literal["auto", "scores", "prompts"] = "auto"
+    """`auto`: learned from scores if that beats the prompts on held-out proxy items by more than chance; the others: always this one."""
+    objective: Literal["best", "expected"] = "best"
+    """What is learned: which expert is best on an item, or the least expected loss."""
+    hidden: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Hidden units of an mlp router."""
     encoder: str | None = None
     """Alias of the model behind the router; default: the representative of the largest family; `auto`: the expert that does best."""
     gate_mode: Literal["hidden", "hidden_avg", "cheap_embed", "random", "uniform_random", "auto"] = "auto"
@@ -125,6 +132,14 @@ class GlueFile(Group):
     def _delta_has_a_base(self) -> GlueFile:
         if self.similarity.delta and self.zoo.base is None:
             raise ValueError("similarity.delta subtracts the base, and the zoo has none; give zoo.base, or leave delta out")
+        return self
+
+    @model_validator(mode="after")
+    def _an_mlp_is_learned(self) -> GlueFile:
+        if self.mixture.router == "mlp" and self.router.source != "scores":
+            raise ValueError(
+                "mixture.router is 'mlp', which prompts cannot make; give router.source: scores, or mixture.router: linear"
+            )
         return self
 
     @model_validator(mode="after")

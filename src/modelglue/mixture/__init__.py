@@ -5,11 +5,13 @@ from modelglue.mixture.folder import Manifest, is_mixture, read_manifest, write_
 from modelglue.mixture.router import Encoded, Reader, build_gate, entering, gate_row
 from modelglue.mixture.runtime import Mixture, Route, Routed
 from modelglue.mixture.spec import DOMAIN_PROMPTS, ExpertSpec, RouterSpec, domain_prompts
+from modelglue.mixture.trained import HeldOut, TrainedRouter, Training
 
 __all__ = [
     "DOMAIN_PROMPTS",
     "Encoded",
     "ExpertSpec",
+    "HeldOut",
     "LoadReport",
     "Manifest",
     "Mixture",
@@ -18,6 +20,8 @@ __all__ = [
     "Routed",
     "RouterSpec",
     "SelfTest",
+    "TrainedRouter",
+    "Training",
     "build_gate",
     "domain_prompts",
     "entering",

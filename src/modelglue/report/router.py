@@ -37,27 +37,58 @@ def experts_view(decisions: Mapping[str, Any]) -> dict[str, Any]:
 def router_view(decisions: Mapping[str, Any], routing: Counts | None, split: str | None) -> dict[str, Any]:
     """`routing`: counts per skill and expert on the items of `split`, from results.json."""
     router = decisions["router"]
-    test = router["self_test"]
-    experts, skills = test["experts"], decisions["tasks"]["proxy"]
+    test, skills = router["self_test"], decisions["tasks"]["proxy"]
+    experts = [expert["name"] for expert in decisions["experts"] if expert["kept"]]
     home = {skill: expert["name"] for expert in decisions["experts"] if expert["kept"] for skill in expert["won"]}
     own = {expert: expert for expert in experts}
-    confusion = dict(zip(experts, (dict(zip(experts, row, strict=True)) for row in test["confusion"]), strict=True))
     loads = [{"split": "proxy", **counts(router["load"], skills, experts, home)}]
     if routing is not None and split != "proxy":
         loads.append({"split": split, **counts(routing, skills, experts, home)})
     return {
         "experts": experts,
-        "confusion": counts(confusion, experts, experts, own),
+        "confusion": counts(_confusion(test), experts, experts, own) if test is not None else None,
+        "learned": _learned(router.get("learned")),
         "loads": loads,
-        "facts": [
-            ("self-test", f"{100 * test['accuracy']:.1f} %", "of the experts' own prompts reach their expert; the gate was made from them"),
-            ("oracle gap", text.gain(router["oracle_gap"]), "points on proxy items that knowing the best expert per skill would add"),
-            ("worst margin", text.plain(router["margin"]), "smallest lead of the right expert over the next one, in logits"),
-            ("condition number", text.plain(router["condition_number"]["gate"]), "of the gate; over 5, the prompts are too alike"),
-            ("gate", router["gate_mode"], f"read at layer {router['router_layer']} of {router['encoder']}"),
-        ],
+        "facts": [*_prompt_facts(router), *_gate_facts(router)],
         "warnings": router["warnings"],
     }
+
+
+def _confusion(test: Mapping[str, Any]) -> Counts:
+    return {own: dict(zip(test["experts"], row, strict=True)) for own, row in zip(test["experts"], test["confusion"], strict=True)}
+
+
+def _prompt_facts(router: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What the experts' own prompts say; nothing where there are none."""
+    if router["self_test"] is None:
+        return []
+    about = "of the experts' own prompts reach their expert"
+    if router["gate_mode"] != "scores":
+        about += "; the gate was made from them"
+    return [("self-test", f"{100 * router['self_test']['accuracy']:.1f} %", about)]
+
+
+def _gate_facts(router: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    condition, margin = router["condition_number"]["gate"], router["margin"]
+    facts = [("oracle gap", text.gain(router["oracle_gap"]), "points on proxy items that knowing the best expert per skill would add")]
+    if margin is not None:
+        facts.append(("worst margin", text.plain(margin), "smallest lead of the right expert over the next one, in logits"))
+    if condition is not None:
+        facts.append(("condition number", text.plain(condition), "of the gate; over 5, the prompts are too alike"))
+    made = "learned" if router["gate_mode"] == "scores" else router["gate_mode"]
+    return [*facts, ("gate", made, f"read at layer {router['router_layer']} of {router['encoder']}")]
+
+
+def _learned(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What learning from scores came to: a sentence, and per skill the held-out scores of both routers and of the best expert."""
+    if found is None:
+        return None
+    rows = [
+        {"name": task, "cells": [text.score(row[kind]) for kind in ("reference", "trained", "oracle")]}
+        for task, row in found["held_out_tasks"].items()
+    ]
+    against = found["training"]["held_out"]["against"] if found["training"] is not None else None
+    return {"message": found["message"], "rows": rows, "against": against}
 
 
 def counts(table: Counts, rows: Sequence[str], columns: Sequence[str], home: Mapping[str, str]) -> dict[str, Any]:

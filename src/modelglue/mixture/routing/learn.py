@@ -78,21 +78,24 @@ def learn_router(
     best for everything) by more than chance, or `always`. `encoder`: the model that texts are read through, None tries every expert;
     `router.router_layer`: a layer, or auto for up to eight.
 
-    Raises UserError for experts other than the scored ones. Time: one pass of all texts through every encoder, then seconds. Memory: one
-    encoder at a time, and the pooled states.
+    Equal inputs give equal bits. Raises UserError for experts other than the scored ones. Time: one pass of all texts through every
+    encoder, then seconds. Memory: one encoder at a time, and the pooled states.
     """
+    from modelglue.checkpoint.engine.workers import single_thread
+
     if [expert.name for expert in experts] != list(items.experts):
         raise UserError(f"the scores are of {', '.join(items.experts)}, the experts are {', '.join(e.name for e in experts)}. Score these.")
     if len(items.items) < FEWEST_ITEMS or items.telling == 0:
         few = f"{len(items.items)} scored items are too few (at least {FEWEST_ITEMS})" if items.telling else "all experts score alike"
         return LearnedRouter(None, False, f"{few}: there is nothing to learn a router from.", {}, {})
-    reference, against = _reference(experts, items, router, encoder)
-    places = [place for path in _encoders(experts, encoder) for place in _places(path, items, router)]
-    check = _Problem(items, places, fit)
-    choices = check.held_out()
-    trained, oracle = items.outcome(choices), items.outcome(items.oracle())
-    held_out = _compare(trained, reference, oracle, against)
-    made = check.final(router.route_span, held_out)
+    with single_thread():
+        reference, against = _reference(experts, items, router, encoder)
+        places = [place for path in _encoders(experts, encoder) for place in _places(path, items, router)]
+        check = _Problem(items, places, fit)
+        choices = check.held_out()
+        trained, oracle = items.outcome(choices), items.outcome(items.oracle())
+        held_out = _compare(trained, reference, oracle, against)
+        made = check.final(held_out)
     used = held_out.better or always
     tasks = {
         task: {"trained": value, "reference": reference.tasks()[task], "oracle": oracle.tasks()[task]}
@@ -199,7 +202,7 @@ class _Problem:
             choices[new] = self._fitted(place, penalty, known).logits(place.states[new]).argmax(dim=1)
         return [int(choice) for choice in choices]
 
-    def final(self, span: str, held_out: HeldOut) -> TrainedRouter:
+    def final(self, held_out: HeldOut) -> TrainedRouter:
         """Chosen and fitted on all items; its temperature is that of held-out logits."""
         import torch
 
