@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelglue.checkpoint import Checkpoint, TensorsCheckpoint, open_checkpoint, save
-from modelglue.errors import CheckpointError, UserError
+from modelglue.errors import CheckpointError, RecipeError, UserError
 from modelglue.models import load_live
 from modelglue.models.build import empty_model
 from modelglue.models.roles import decoder_layers
+from modelglue.recipe import build, dump, read_recipe
 from modelglue.recipe.dataflow import FlowSpace, Hop, depth, fold
 from modelglue.recipe.residual import fold_factors
 
@@ -229,3 +231,75 @@ def test_scales_between_pairs_of_layers() -> None:
 def test_shapes_of_a_path_are_checked() -> None:
     with pytest.raises(UserError, match=r"allowed are \[6\], and \[6\] or \[3, 3\]"):
         FlowSpace({"a": 3}, repeats=2).decode(np.ones(5))
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------------------
+
+
+def path_recipe(**more: Any) -> dict[str, Any]:
+    path = [
+        {"model": model, "layer": layer, "scale": scale} for (model, layer), scale in zip(PATH, (1.0, 0.6, 1.5, 2.0, 0.7, 0.9), strict=True)
+    ]
+    return {"format": "modelglue/1", "method": "data_flow", "base": "b", "hops": path, **more}
+
+
+def test_a_recipe_of_hops_is_the_path_and_a_path_describes_itself_by_its_recipe() -> None:
+    built = build(read_recipe(path_recipe()), resolve=MODELS.__getitem__)
+    expected = fold(hops([1.0, 0.6, 1.5, 2.0, 0.7, 0.9]), MODELS, "b").checkpoint
+    again = build(read_recipe(built.describe()), resolve=lambda name: MODELS[{"LlamaForCausalLM-1": "a", "LlamaForCausalLM-2": "b"}[name]])
+    for found in (built, again):
+        assert found.names() == expected.names()
+        assert dict(found.config) == dict(expected.config)
+        assert all(torch.equal(found.tensor(name), expected.tensor(name)) for name in expected.names())
+    assert built.describe()["method"] == "data_flow"
+    assert read_recipe(yaml.safe_load(dump(read_recipe(path_recipe())))) == read_recipe(path_recipe())
+
+
+def test_hops_may_be_layers_of_a_merge_which_is_made_once() -> None:
+    blend = {"method": "linear", "models": [{"model": "a", "weight": 0.5}, {"model": "b", "weight": 0.5}]}
+    recipe = read_recipe({"method": "data_flow", "base": "a", "hops": [{"model": blend, "layer": n} for n in range(3)]})
+    found = build(recipe, resolve=MODELS.__getitem__)
+    name = "model.layers.1.mlp.up_proj.weight"
+    torch.testing.assert_close(found.tensor(name), (MODELS["a"].tensor(name) + MODELS["b"].tensor(name)) / 2)
+    assert torch.equal(found.tensor("lm_head.weight"), MODELS["a"].tensor("lm_head.weight"))
+    assert read_recipe(found.describe()).hops[2].layer == 2
+
+
+def test_what_a_path_is_stored_in() -> None:
+    found = build(read_recipe(path_recipe(dtype={"store": "bfloat16"})), resolve=MODELS.__getitem__)
+    wide = build(read_recipe(path_recipe()), resolve=MODELS.__getitem__)
+    assert {found.info(name).dtype for name in found.names()} == {"BF16"}
+    assert found.config["dtype"] == "bfloat16"
+    assert all(torch.equal(found.tensor(name), wide.tensor(name).bfloat16()) for name in wide.names())
+
+
+def test_a_path_without_a_base_begins_with_its_first_model() -> None:
+    recipe = {key: value for key, value in path_recipe().items() if key != "base"}
+    found = build(read_recipe(recipe), resolve=MODELS.__getitem__)
+    assert torch.equal(found.tensor("lm_head.weight"), MODELS["a"].tensor("lm_head.weight"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fault"),
+    [
+        (path_recipe(method="linear"), "method: is 'linear'; a path of hops has the method data_flow."),
+        ({"method": "data_flow", "models": [{"model": "a"}]}, "hops: is required by data_flow and missing"),
+        (path_recipe(models=[{"model": "a"}]), "hops: stands beside models; a recipe has one of models, slices, modules, hops."),
+        (path_recipe(parameters={"normalize": True}), "parameters: has no effect on a path of hops."),
+        (path_recipe(hops=[{"model": "a", "layer": 0, "part": "x"}]), "hops[0].part: has no place in a path of hops."),
+        (path_recipe(hops=[{"model": "a", "layer": -1}]), "hops[0].layer: is -1, allowed is a number >= 0"),
+        (path_recipe(hops=[{"model": "a", "layers": [0, 1]}]), "layer"),
+        (path_recipe(hops=[]), "hops"),
+    ],
+)
+def test_recipes_of_paths_that_say_too_much_or_too_little(recipe: dict[str, Any], fault: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        read_recipe(recipe)
+    assert fault in str(error.value)
+
+
+def test_faults_of_a_path_stand_at_its_hops() -> None:
+    for number, (layer, scale, fault) in enumerate([(7, 1.0, "layer 7 of 'b'; allowed are 0 to 2"), (1, 0.0, "multiply to 0.0")]):
+        recipe = read_recipe(path_recipe(hops=[{"model": "a", "layer": 0}, {"model": "b", "layer": layer, "scale": scale}]))
+        with pytest.raises(UserError, match=r"hops\[1\]: " + fault if number == 0 else r"hops\[1\]: .*" + fault):
+            build(recipe, resolve=MODELS.__getitem__)

@@ -18,7 +18,7 @@ from modelglue.recipe.schema import Dtype, Entry
 from tests.recipe.on_disk import write_recipe
 
 KEYS = (
-    "format, method, base, models, slices, modules, into, parameters, seed, dtype, tokenizer, chat_template, vocabulary_mismatch, missing, "
+    "format, method, base, models, slices, modules, hops, into, parameters, seed, dtype, tokenizer, chat_template, vocabulary_mismatch, missing, "
     "shape_mismatch, allow_mixed"
 )
 SOURCE = "model, part, architecture, layers"
@@ -232,13 +232,13 @@ def test_faults_of_an_entry(entry: str, expected: str, tmp_path: Path) -> None:
         ("into: {model: a, part: 5}", "into.part: is 5, allowed is text (put quotes around it if it is meant as text)."),
         (
             "slices: [{models: [{model: a, layers: [0, 1], weight: 1}]}]",
-            "slices: stands beside models; a recipe has one of models, slices, modules.",
+            "slices: stands beside models; a recipe has one of models, slices, modules, hops.",
         ),
         (
             "base: {model: a, layers: [0, 1]}",
             "base.layers: stands above all slices; give the layers of the base inside the slice, as its base.",
         ),
-        ("modules: {x: {}}", "modules: stands beside models; a recipe has one of models, slices, modules."),
+        ("modules: {x: {}}", "modules: stands beside models; a recipe has one of models, slices, modules, hops."),
         ("missing: skip", "missing: is 'skip', allowed is 'error', 'present' or 'drop'."),
     ],
 )

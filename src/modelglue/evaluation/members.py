@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from modelglue.checkpoint import ENGINE_VERSION, Checkpoint, MergedCheckpoint
-from modelglue.recipe import DATA_FLOW, Candidate, build, read_recipe
-from modelglue.recipe.dataflow import Hop, fold
+from modelglue.recipe import Candidate, build, read_recipe
 
 #: merges of one set of members whose shapes have been compared, kept for the next coefficients
 _TEMPLATES = 64
@@ -47,8 +46,6 @@ class Members:
         """The candidate as a checkpoint. RecipeError or MergeError for one that is no model."""
         if candidate.alone is not None:
             return self.checkpoints[candidate.alone]
-        if candidate.method == DATA_FLOW:
-            return fold([Hop(**hop) for hop in candidate.recipe["hops"]], self.checkpoints, candidate.recipe["donor"]).checkpoint
         plain = candidate.is_linear and abs(sum(candidate.weights) - 1) < _ROUNDING
         if plain and (template := self._templates.get(candidate.members)) is not None:
             values = template.parameters.for_tensor(template.names()[0])

@@ -15,6 +15,7 @@ from modelglue.errors import RecipeError
 from modelglue.methods import get
 from modelglue.recipe.canonical import canonical, written_out
 from modelglue.recipe.checks import Checks
+from modelglue.recipe.dataflow import along_hops
 from modelglue.recipe.document import Place
 from modelglue.recipe.inputs import Inputs, merged_fields, replacing
 from modelglue.recipe.into import put_into
@@ -46,7 +47,7 @@ def assemble(recipe: Recipe, resolve: Callable[[str], Checkpoint], *, strict: bo
         if checks.faults:
             raise RecipeError("\n".join(checks.faults))
     context = _Context(resolve)
-    checkpoint, alignment = _Assembly(context, recipe, recipe.dtype.store).run()
+    checkpoint, alignment = context.assembled(recipe, recipe.dtype.store)
     warnings = tuple(dict.fromkeys(context.warnings))
     if strict and warnings:
         raise RecipeError("\n".join(warnings))
@@ -71,8 +72,15 @@ class _Context:
     def build(self, recipe: Recipe) -> Checkpoint:
         key = json.dumps(canonical(recipe))
         if key not in self.nested:
-            self.nested[key], _ = _Assembly(self, recipe, recipe.dtype.store or "float32").run()
+            self.nested[key], _ = self.assembled(recipe, recipe.dtype.store or ("donor" if recipe.hops else "float32"))
         return self.nested[key]
+
+    def assembled(self, recipe: Recipe, store: str | None) -> tuple[Checkpoint, AlignmentReport | None]:
+        if not recipe.hops:
+            return _Assembly(self, recipe, store).run()
+        folded = along_hops(recipe, lambda node: self.open(node) if isinstance(node, str) else self.build(node), store)
+        self.warnings += [recipe.origin.fault(("hops",), text) for text in folded.warnings]
+        return folded.checkpoint, None
 
 
 class _Assembly:

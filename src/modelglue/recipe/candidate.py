@@ -27,7 +27,7 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 #: `invalid`: the candidate's answers are no numbers, or it is no model; `failed`: it could not be scored (memory, time, an exception);
 #: `pruned`: it was given up on, and the items that it has are a prefix
 Status: TypeAlias = Literal["ok", "invalid", "failed", "pruned"]
-#: the method of a candidate that is a path through layers: `donor`, and `hops` of {model, layer, scale}
+#: the method of a recipe that is a path through layers: `base` gives what is in no layer, `hops` are {model, layer, scale}
 DATA_FLOW = "data_flow"
 #: item id of tasks that give one number and have no items
 WHOLE = "*"
@@ -139,7 +139,7 @@ class Candidate:
 
 
 #: keys of a recipe under which models stand
-_OF_MODELS = ("model", "base", "donor")
+_OF_MODELS = ("model", "base")
 
 
 def _named(node: Any) -> Iterator[str]:

@@ -60,6 +60,10 @@ def _recipe(recipe: Recipe, *, written_out: bool) -> dict[str, Any]:
         value["slices"] = [stretch(part) for part in recipe.slices]
     if recipe.modules:
         value["modules"] = {name: stretch(module) for name, module in recipe.modules.items()}
+    if recipe.hops:
+        value["hops"] = [
+            {"model": node(hop.model), "layer": hop.layer} | ({"scale": hop.scale} if hop.scale != 1 else {}) for hop in recipe.hops
+        ]
     if recipe.into is not None:
         value["into"] = _source(recipe.into)
     parameters = {**(_defaults(recipe) if written_out else {}), **recipe.parameters}
@@ -80,6 +84,8 @@ def _recipe(recipe: Recipe, *, written_out: bool) -> dict[str, Any]:
 
 def _defaults(recipe: Recipe) -> Mapping[str, Any]:
     """Values of parameters that the recipe leaves to the method; the last level before them is the recipe's own."""
+    if recipe.hops:
+        return {}
     entries = [entry for stretch in recipe.stretches() for entry in stretch.models]
     said = frozenset.intersection(*(frozenset(entry.own) for entry in entries)) if entries else frozenset()
     return {

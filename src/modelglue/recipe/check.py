@@ -72,7 +72,7 @@ def check(
     found = [*recipe.warnings, *built.warnings, *warnings_of(list(models.values())), *licence_warnings(parents(merged))]
     return CheckReport(
         method=recipe.method,
-        models=tuple(dict.fromkeys(entry.label for stretch in recipe.stretches() for entry in stretch.models)),
+        models=tuple(dict.fromkeys(one.label for one in [*(entry for part in recipe.stretches() for entry in part.models), *recipe.hops])),
         base=_label(recipe.base),
         architecture=architecture(merged),
         tensors=len(infos),

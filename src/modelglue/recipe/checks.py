@@ -8,11 +8,14 @@ from typing import Any
 from modelglue.errors import UserError, did_you_mean
 from modelglue.methods import get
 from modelglue.methods.registry import Method
+from modelglue.recipe.candidate import DATA_FLOW
 from modelglue.recipe.document import Document, Place
 from modelglue.recipe.schema import Recipe, Source, Stretch
 from modelglue.recipe.settings import Levels, Setting, Spot, evaluate, pattern_warning, read_setting, value_faults
 
-_SHAPES = ("models", "slices", "modules")
+_SHAPES = ("models", "slices", "modules", "hops")
+#: what a path of hops has no use for
+_NOT_OF_PATHS = ("into", "parameters", "tokenizer", "chat_template", "vocabulary_mismatch", "missing", "shape_mismatch", "allow_mixed")
 
 
 class Checks:
@@ -25,6 +28,32 @@ class Checks:
 
     def run(self, recipe: Recipe, place: Place = ()) -> Checks:
         self._structure(recipe, place)
+        if recipe.hops or recipe.method == DATA_FLOW:
+            self._path(recipe, place)
+        else:
+            self._merge(recipe, place)
+        for inner, node in recipe.nested():
+            self.run(node, (*place, *inner))
+        return self
+
+    def _path(self, recipe: Recipe, place: Place) -> None:
+        """A path goes together with its method, and with nothing that is for merges."""
+        if recipe.method != DATA_FLOW:
+            self._fault((*place, "method"), f"is '{recipe.method}'; a path of hops has the method {DATA_FLOW}.")
+        elif not recipe.hops:
+            self._fault((*place, "hops"), f"is required by {DATA_FLOW} and missing; give a list of {{model, layer, scale}}.")
+        for key in _NOT_OF_PATHS:
+            if getattr(recipe, key) != Recipe.model_fields[key].default:
+                self._fault((*place, key), "has no effect on a path of hops. Remove it, or put it into a recipe that is a model of a hop.")
+        sources = [(("hops", number), hop) for number, hop in enumerate(recipe.hops)]
+        if isinstance(recipe.base, Source):
+            sources.append((("base",), recipe.base))  # type: ignore[arg-type]
+        for where, source in sources:
+            for key in ("part", "architecture", "layers"):
+                if getattr(source, key) is not None:
+                    self._fault((*place, *where, key), "has no place in a path of hops.")
+
+    def _merge(self, recipe: Recipe, place: Place) -> None:
         try:
             method = get(recipe.method)
         except UserError as error:
@@ -33,9 +62,6 @@ class Checks:
             for stretch in recipe.stretches():
                 _Stretch(self, recipe, stretch, method, place).run()
         self._tokenizer(recipe, place)
-        for inner, node in recipe.nested():
-            self.run(node, (*place, *inner))
-        return self
 
     def _fault(self, place: Place, text: str) -> None:
         fault = self._document.fault(place, text)

@@ -6,21 +6,27 @@ arXiv 2403.13187). In pre-norm blocks the factors fold into the weights, so no c
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from modelglue.checkpoint import Checkpoint, JoinedCheckpoint, RenamedCheckpoint
+from modelglue.checkpoint import STORE_DTYPES, Checkpoint, JoinedCheckpoint, MergedCheckpoint, RenamedCheckpoint
 from modelglue.checkpoint.scaled import ScaledCheckpoint
 from modelglue.checkpoint.vocabulary import dressed
 from modelglue.errors import CheckpointError, UserError, did_you_mean
+from modelglue.methods import get
+from modelglue.recipe.candidate import DATA_FLOW
+from modelglue.recipe.canonical import canonical
 from modelglue.recipe.layer_config import LayerSource, layer_fields
 from modelglue.recipe.layers import Tower, towers_of
 from modelglue.recipe.residual import fold_factors
+from modelglue.recipe.schema import FORMAT, Recipe, Source
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -140,6 +146,41 @@ def fold(hops: Sequence[Hop], members: Mapping[str, Checkpoint], donor: str, *, 
     return Folded(dressed(joined, config=fields), tuple(warnings))
 
 
+def along_hops(recipe: Recipe, resolve: Callable[[str | Recipe], Checkpoint], store: str | None) -> Folded:
+    """The path of a recipe. `store` rounds every tensor to a dtype once more; None (or `donor`): as it is stored where it comes from.
+
+    RecipeError with file and line for hops that are none of their models, or do not fit the base.
+    """
+    names: dict[str, str] = {}
+    members: dict[str, Checkpoint] = {}
+
+    def member(node: str | Recipe) -> str:
+        key = node if isinstance(node, str) else json.dumps(canonical(node))
+        if key not in names:
+            names[key] = node if isinstance(node, str) else f"the {node.method} merge (number {len(names) + 1})"
+            members[names[key]] = resolve(node)
+        return names[key]
+
+    origin = recipe.base.model if isinstance(recipe.base, Source) else recipe.base
+    donor = member(recipe.hops[0].model if origin is None else origin)
+    try:
+        folded = fold([Hop(member(hop.model), hop.layer, hop.scale) for hop in recipe.hops], members, donor)
+    except UserError as error:
+        raise type(error)("\n".join(_placed(recipe, line) for line in str(error).split("\n"))) from error
+    if store not in STORE_DTYPES:
+        return folded
+    made = folded.checkpoint
+    stored = MergedCheckpoint(get("linear"), [made], None, {"weight": [1.0], "normalize": False}, store=store, description=made.describe())
+    key = "torch_dtype" if "torch_dtype" in made.config and "dtype" not in made.config else "dtype"
+    return Folded(dressed(stored, config={key: store} if made.config else {}), folded.warnings)
+
+
+def _placed(recipe: Recipe, fault: str) -> str:
+    """A fault of a path that a recipe describes, with file and line of the hop that it is about."""
+    found = re.match(r"hop (\d+): ", fault)
+    return recipe.origin.fault(("hops", int(found[1])) if found else ("hops",), fault[found.end() :] if found else fault)
+
+
 def _check(hops: Sequence[Hop], members: Mapping[str, Checkpoint], donor: str, max_layers: int | None) -> None:
     if not hops:
         raise UserError("the path uses no layer; a model needs one at least.")
@@ -195,5 +236,8 @@ def _final_norm(tower: Tower, donor: str) -> list[str]:
 
 
 def _description(hops: Sequence[Hop], members: Mapping[str, Checkpoint], donor: str) -> dict[str, Any]:
-    path = [{**members[hop.model].describe(), "layer": hop.layer, "scale": hop.scale} for hop in hops]
-    return {"method": "data flow", "donor": members[donor].describe(), "hops": path}
+    """The recipe in our dialect."""
+    described = {name: model.describe() for name, model in members.items()}
+    named = {name: found["model"] if set(found) == {"model"} else found for name, found in described.items()}
+    path = [{"model": named[hop.model], "layer": hop.layer, "scale": hop.scale} for hop in hops]
+    return {"format": FORMAT, "method": DATA_FLOW, "base": named[donor], "hops": path}

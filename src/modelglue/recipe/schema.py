@@ -102,6 +102,13 @@ class Entry(Source):
         return dict(self.model_extra or {})
 
 
+class PathLayer(Source):
+    """A hop of a path: one layer of a model, and what its input is multiplied by."""
+
+    layer: Annotated[int, Field(ge=0, strict=True)]
+    scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+
+
 class Slice(_Part):
     """A run of output layers, merged from equally long runs of the models' layers."""
 
@@ -173,7 +180,7 @@ class Tokenizer(_Part):
 class Recipe(_Part):
     """One merge. `models` and `base` may be recipes in turn, so a merge of merges is one document.
 
-    Exactly one of `models`, `slices` and `modules` is given.
+    Exactly one of `models`, `slices`, `modules` and `hops` is given.
     """
 
     format: Format = FORMAT
@@ -183,6 +190,8 @@ class Recipe(_Part):
     models: Annotated[list[Entry], Field(min_length=1)] = []
     slices: Annotated[list[Slice], Field(min_length=1)] = []
     modules: Annotated[dict[str, Module], Field(min_length=1)] = {}
+    hops: Annotated[list[PathLayer], Field(min_length=1)] = []
+    """Of the method data_flow: the path of a token through layers. Embeddings, final norm and head are those of the base."""
     into: Into | None = None
     parameters: dict[str, Any] = {}
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
@@ -253,6 +262,8 @@ class Recipe(_Part):
                 yield (*stretch.place, "base"), stretch.base
             for number, entry in enumerate(stretch.models):
                 yield (*stretch.place, "models", number), entry
+        for number, hop in enumerate(self.hops):
+            yield ("hops", number), hop
         if self.into is not None:
             yield ("into",), self.into
 

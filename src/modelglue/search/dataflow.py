@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -20,17 +20,21 @@ from modelglue.recipe.dataflow import FlowSpace, Hop
 from modelglue.search.cma import LEAST_POPULATION
 from modelglue.search.item_response import Floats
 from modelglue.search.randomness import rng
-from modelglue.search.searcher import Needs, Outcome, Proposal, told
+from modelglue.search.searcher import Needs, Outcome, Proposal, ranked, told
 from modelglue.search.space import Bool, Float, Parameter, Params, Space, When
 
 #: chance that a slot of the starting path is used at first, and any other one
 _ON, _OFF = 0.9, 0.1
 
 
-def path_candidate(hops: Sequence[Hop], donor: str) -> Candidate:
-    """The model of a path; neighbours in a path are told apart by place, so every hop stands in the recipe."""
-    path = [{"model": hop.model, "layer": hop.layer, "scale": hop.scale} for hop in hops]
-    return Candidate.of({"method": DATA_FLOW, "donor": donor, "hops": path})
+def path_candidate(hops: Sequence[Hop], donor: str, recipes: Mapping[str, Any] | None = None) -> Candidate:
+    """The model of a path; neighbours in a path are told apart by place, so every hop stands in the recipe.
+
+    `recipes`: name -> recipe of those models that are no members but merges of them.
+    """
+    named = recipes or {}
+    path = [{"model": named.get(hop.model, hop.model), "layer": hop.layer, "scale": hop.scale} for hop in hops]
+    return Candidate.of({"method": DATA_FLOW, "base": named.get(donor, donor), "hops": path})
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class PathSpace:
     max_layers: int | None = None
     scales: tuple[float, float] = (0.5, 2.0)
     """Smallest and largest scale of a hop; (1, 1) searches the path alone."""
+    recipes: Mapping[str, Any] = field(default_factory=dict)
+    """Of those models that are merges of members."""
 
     @property
     def donor(self) -> str:
@@ -65,7 +71,7 @@ class PathSpace:
         scales = [params.get(f"scale/{name}", 1.0) for name in names]
         hops = self.flow.decode(used, scales)
         most = self.flow.most_layers if self.max_layers is None else self.max_layers
-        return path_candidate(hops, self.donor) if 0 < len(hops) <= most else None
+        return path_candidate(hops, self.donor, self.recipes) if 0 < len(hops) <= most else None
 
     def start(self) -> dict[str, Any]:
         """The first model as it is."""
@@ -83,7 +89,7 @@ class DataFlowSearch:
 
     def __init__(
         self, depths: Mapping[str, int], *, repeats: int = 3, max_layers: int | None = None, scales: tuple[float, float] = (0.5, 2.0),
-        trials: int = 1000, population: int | None = None, seed: int = 0,
+        trials: int = 1000, population: int | None = None, seed: int = 0, recipes: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         from cmaes import CatCMAwM
 
@@ -91,7 +97,7 @@ class DataFlowSearch:
             raise UserError(f"{len(depths)} models, {repeats} repetitions, scales {list(scales)}; allowed are 1 or more, scales above 0.")
         if population is not None and population < LEAST_POPULATION:
             raise UserError(f"a population of {population}; allowed are {LEAST_POPULATION} or more.")
-        self._space = PathSpace(FlowSpace(dict(depths), repeats), max_layers, scales)
+        self._space = PathSpace(FlowSpace(dict(depths), repeats), max_layers, scales, recipes or {})
         self._seed, self._trials, self._count, self._generation = seed, trials, 0, 0
         slots = self._space.flow.slots
         used = self._space.flow.start() > 0
@@ -134,3 +140,21 @@ class DataFlowSearch:
         """Where a scale of 1 stands in the unit interval."""
         low, high = (math.log(scale) for scale in self._space.scales)
         return min(1.0, max(0.0, -low / (high - low))) if high > low else 0.5
+
+
+#: what the best merge of the first half of a search is called among the models of the second
+MERGED = "merged"
+
+
+def after_parameters(outcomes: Sequence[Outcome], depths: Mapping[str, int], **options: Any) -> DataFlowSearch:
+    """The data-flow search that follows one over parameters: its best merge joins the models, stands first, and is the start.
+
+    As the paper chains the two. The merge is stored as it would be written. UserError if nothing could be scored.
+    """
+    best = next((outcome.proposal.candidate for outcome in ranked(outcomes)), None)
+    if best is None:
+        raise UserError("no merge could be scored, so there is none to continue with in data-flow space.")
+    if best.alone is not None:
+        return DataFlowSearch({best.alone: depths[best.alone], **depths}, **options)
+    recipes = {MERGED: {**best.recipe, "dtype": {"store": "donor"}}}
+    return DataFlowSearch({MERGED: depths[best.members[0]], **depths}, recipes=recipes, **options)

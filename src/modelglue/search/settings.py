@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from modelglue.errors import UserError, did_you_mean
 from modelglue.recipe.genome import GenomeDefinition
-from modelglue.search.cma import CmaSearch, StagedSearch
-from modelglue.search.dataflow import DataFlowSearch
+from modelglue.search.cma import TRIALS, CmaSearch, StagedSearch
+from modelglue.search.dataflow import DataFlowSearch, after_parameters
 from modelglue.search.decode import Decoder, MergeSpace, NearbySpace
 from modelglue.search.evolution import EvolutionSearch
 from modelglue.search.fitness import Everything, Fitness
@@ -240,7 +240,16 @@ def _dataflow(settings: SearchSettings, facts: Facts, options: _Options) -> Sear
     if missing:
         raise UserError(f"searcher dataflow: the number of layers of {', '.join(missing)} is not known.")
     depths = {alias: facts.depths[alias] for alias in settings.members}
-    return DataFlowSearch(depths, **_seeded(settings, options))
+    options = _seeded(settings, options)
+    said, trials = options.pop("space", "dfs"), options.pop("parameter_trials", TRIALS)
+    if said not in ("dfs", "both"):
+        raise UserError(f"searcher dataflow: space is '{said}'; allowed are dfs and both (parameters first, then paths; cma alone is ps).")
+    if said == "dfs":
+        return DataFlowSearch(depths, **options)
+    space = make_space(settings, facts)
+    return StagedSearch(
+        lambda _: CmaSearch(space, seed=settings.seed, trials=trials), lambda outcomes: after_parameters(outcomes, depths, **options)
+    )
 
 
 def _map(settings: SearchSettings, facts: Facts, options: _Options) -> Searcher:

@@ -15,7 +15,7 @@ from modelglue.errors import CheckpointError, MergeError, RecipeError, UserError
 from modelglue.evaluation import CandidateEvaluator
 from modelglue.evaluation.members import Members
 from modelglue.evaluation.places import Place
-from modelglue.recipe import DATA_FLOW, FORMAT, Candidate, interval, load_document, paired_interval, validate
+from modelglue.recipe import FORMAT, Candidate, interval, load_document, paired_interval, validate
 from modelglue.search import SearchReport, candidate_of, read_settings, recorded, run_study
 from modelglue.search.run import JOURNAL
 from modelglue.search.study import Listener
@@ -158,8 +158,6 @@ def expression_of(folder: str | Path, candidate: Candidate) -> Checkpoint:
         if isinstance(member, DiskCheckpoint | AdaptedCheckpoint):
             names[alias] = _from_here(member)
             opened[names[alias]] = member.called(names[alias])
-        elif candidate.method == DATA_FLOW:  # its hops are layers of models, not of recipes
-            opened[alias] = member
         else:
             names[alias] = _renamed(member.describe(), called)
             for source in member.sources():
