@@ -39,15 +39,15 @@ class Place:
         return self.devices[0] if self.devices and self.cluster is None else None
 
     @contextmanager
-    def crew(self, members: Members) -> Iterator[Crew | None]:
-        """The workers until the end of the block; None where this process does it all."""
+    def crew(self, members: Members, *, apart: bool = False) -> Iterator[Crew | None]:
+        """The workers until the end of the block; None where this process does it all, which it does not where they shall be `apart`."""
         count = self.workers or max(len(self.devices), 1)
         crew: Crew | None = None
         if self.cluster is not None:
             from modelglue.evaluation.ray_crew import RayCrew
 
             crew = RayCrew(members, self.cluster, self.workers, gpus=bool(self.devices))
-        elif count > 1:
+        elif count > 1 or apart:
             crew = Processes(members, count, self.devices)
         try:
             yield crew

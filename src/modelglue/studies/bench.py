@@ -35,7 +35,8 @@ class Bench:
     def scoring(self, store: Path, place: Place) -> Iterator[dict[str, CandidateEvaluator]]:
         """An evaluator per item set, over one store of scores, and the same live models for all of them."""
         dtype = self.file.dtype.store
-        with ScoreStore(store) as opened, place.crew(Members(self.checkpoints, dtype)) as crew:
+        timed = self.file.timeout is not None  # a process that hangs can only be ended by another one
+        with ScoreStore(store) as opened, place.crew(Members(self.checkpoints, dtype), apart=timed) as crew:
             resident = ResidentModel(place.device)
             yield {
                 split: CandidateEvaluator(
