@@ -274,9 +274,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     kept: list[set[str]] = []
     original = resident_module.load_into
 
-    def load_into(checkpoint: Checkpoint, model: Any, *, keep: set[str]) -> None:
+    def load_into(checkpoint: Checkpoint, model: Any, *, keep: set[str], **options: Any) -> None:
         kept.append({name for name in checkpoint.names() if name not in keep})
-        original(checkpoint, model, keep=keep)
+        original(checkpoint, model, keep=keep, **options)
 
     monkeypatch.setattr(resident_module, "load_into", load_into)
     return kept

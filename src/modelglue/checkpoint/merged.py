@@ -89,6 +89,8 @@ class MergedCheckpoint(Checkpoint):
             self._streams, {name: self._output(name) for name in self._names}, self._merged_names(), self._fit.members,
         )  # fmt: skip
         self._engine = Engine(self._job)
+        self._fixed: dict[str, Hashable] = {}  # of what a tensor's values are a function of: all but the parameters
+        self._last: tuple[Mapping[str, Any], Hashable] = ({}, ())  # parameters as they were asked for last, and frozen
 
     def __repr__(self) -> str:
         return f"MergedCheckpoint({self._method.id!r}, {self._labels!r})"
@@ -213,12 +215,17 @@ class MergedCheckpoint(Checkpoint):
             return (self.info(name).dtype, *(one.values_of(name) for one in self._holders(name)))
         if any(round_.scope == "model" for round_ in job.rounds(name)):
             return super().values_of(name)
-        random = (name, str(self._uniforms.describe()), tuple(job.streams[i] for i in job.members_of(name)))
-        return (
-            ENGINE_VERSION, self._method.id, self.info(name).dtype, self.info(name).shape, _frozen(job.parameters_of(name)),
-            tuple(job.models[i].values_of(name) for i in job.members_of(name)), job.base.values_of(name) if job.base is not None else None,
-            random if self._method.needs_uniform else None,
-        )  # fmt: skip
+        if name not in self._fixed:
+            random = (name, str(self._uniforms.describe()), tuple(job.streams[i] for i in job.members_of(name)))
+            self._fixed[name] = (
+                ENGINE_VERSION, self._method.id, tuple(job.models[i].values_of(name) for i in job.members_of(name)),
+                job.base.values_of(name) if job.base is not None else None, random if self._method.needs_uniform else None,
+            )  # fmt: skip
+        values = job.parameters_of(name)
+        if values is not self._last[0]:  # many tensors have the same
+            self._last = (values, _frozen(values))
+        info = job.outputs[name]
+        return self._fixed[name], info.dtype, info.shape, self._last[1]
 
     @property
     def parameters(self) -> ParameterSource:
@@ -235,10 +242,16 @@ class MergedCheckpoint(Checkpoint):
         other._description = None
         for key in ("identity", "stamp"):
             other.__dict__.pop(key, None)
-        outputs = {name: other._output(name) for name in self._names}
-        other._job = replace(self._job, parameters=other._parameters, outputs=outputs)
-        other._job = replace(other._job, merged=other._merged_names())
-        other._engine = Engine(other._job)
+        other._job = replace(self._job, parameters=other._parameters)
+        old, new = self._parameters, other._parameters
+        alike = (
+            isinstance(old, Constant) and isinstance(new, Constant) and self._method.copies(old.values) == self._method.copies(new.values)
+        )
+        if not alike:
+            other._job = replace(other._job, outputs={name: other._output(name) for name in self._names})
+            other._job = replace(other._job, merged=other._merged_names())
+        other._engine = self._engine.over(other._job)
+        other._last = ({}, ())
         return other
 
     def splittable(self, name: str) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, final
 from modelglue.checkpoint.protocol import FLOATING, Checkpoint
 from modelglue.checkpoint.vocabulary.over import OverCheckpoint
 from modelglue.errors import CheckpointError, did_you_mean
+from modelglue.settings import CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
     import torch
@@ -47,9 +48,14 @@ class ScaledCheckpoint(OverCheckpoint):
         factor = self._factors.get(name)
         if factor is None:
             return self._source.read(name, start, stop, out)
+        if out is not None:
+            stop = self.info(name).numel if stop is None else stop
+            for at in range(start, stop, CHUNK_ELEMENTS):  # what is in between stays in the cache
+                end = min(at + CHUNK_ELEMENTS, stop)
+                out[at - start : end - start].copy_(self.read(name, at, end))
+            return out
         stored = self._source.read(name, start, stop)
-        scaled = (stored.to(torch.promote_types(stored.dtype, torch.float32)) * factor).to(stored.dtype)
-        return scaled if out is None else out.copy_(scaled)
+        return (stored.to(torch.promote_types(stored.dtype, torch.float32)) * factor).to(stored.dtype)
 
     def computed(self, name: str) -> bool:
         return name in self._factors or self._source.computed(name)

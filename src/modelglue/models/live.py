@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _STEPS: weakref.WeakKeyDictionary[Any, tuple[list[tuple[str, tuple[int, ...]]], list[Step]]] = weakref.WeakKeyDictionary()
 
 #: elements of a large tensor that are written by one call: who computes them divides them further as it likes
-_PIECE_ELEMENTS = 2**20
+_PIECE_ELEMENTS = 2**22
 #: elements below which threads are not worth starting
 _WORTH_THREADS = 2**24
 
@@ -39,18 +39,19 @@ def load_live(checkpoint: Checkpoint, *, dtype: str | None = None) -> Any:
     return model
 
 
-def load_into(checkpoint: Checkpoint, model: Any, *, keep: Container[str] = ()) -> None:
+def load_into(checkpoint: Checkpoint, model: Any, *, keep: Container[str] = (), places: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write every tensor of the checkpoint into the model, in place; what stood there is gone.
 
     Shapes and names must fit exactly, which is checked before anything is written: no tensor is dropped, none is left as it was but those
     that `keep` names, which the caller knows to be there already. Values are cast to the model's dtypes. Time: one read of the checkpoint,
     by as many threads as torch may use; every element is computed by one of them, so its value does not depend on how many there are.
-    Memory: one chunk of each input for every thread; for tensors that transformers fuses (experts), twice one fused tensor.
+    Memory: one chunk of each input for every thread; for tensors that transformers fuses (experts), twice one fused tensor. `places`: the
+    model's `places_of`, where many checkpoints go into it.
     """
     import torch
 
     steps = fitting_steps(checkpoint, model)
-    places: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    places = places_of(model) if places is None else places
     seen: dict[int, str] = {}
     plain: list[tuple[str, torch.Tensor]] = []
     with torch.no_grad():
@@ -70,6 +71,12 @@ def load_into(checkpoint: Checkpoint, model: Any, *, keep: Container[str] = ()) 
             elif not (kept and seen[id(place)] in keep):
                 _check_tied(checkpoint, name, seen[id(place)])
         _write(checkpoint, plain)
+
+
+def places_of(model: Any) -> Mapping[str, torch.Tensor]:
+    """The live tensors by name, for as long as nobody exchanges one of them."""
+    places: Mapping[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    return places
 
 
 def check_fit(checkpoint: Checkpoint) -> None:
@@ -188,11 +195,12 @@ def _write_run(checkpoint: Checkpoint, run: Sequence[tuple[str, torch.Tensor]]) 
         if len(run) == 1:
             _stream(checkpoint, *run[0])
             return
-        values = checkpoint.together([name for name, _ in run])
-        start = 0
-        for _, place in run:
-            place.copy_(values[start : start + place.numel()].view(place.shape))
-            start += place.numel()
+        values = torch.split_with_sizes(checkpoint.together([name for name, _ in run]), [place.numel() for _, place in run])
+        if all(place.is_contiguous() for _, place in run):
+            torch._foreach_copy_([place.view(-1) for _, place in run], list(values))
+            return
+        for (_, place), value in zip(run, values, strict=True):
+            place.copy_(value.view(place.shape))
 
 
 def _stream(checkpoint: Checkpoint, name: str, place: torch.Tensor) -> None:

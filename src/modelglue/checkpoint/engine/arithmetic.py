@@ -6,7 +6,6 @@ input at a time, so memory is O(chunk x inputs).
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import threading
@@ -82,6 +81,7 @@ class Engine:
         self._compiled: Mapping[str, str] | None = None  # chunk functions that run compiled, found by `prepare`
         self._spilled: dict[str, list[Checkpoint]] = {}  # inputs of a surveyed tensor, the computed ones computed once
         self._whole: tuple[str, torch.Tensor] | None = None
+        self._dtypes: dict[str, tuple[str, ...]] = {}  # of the inputs of a tensor
         self._lock = threading.RLock()  # over what is remembered: the lanes of a device read beside each other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,6 +92,12 @@ class Engine:
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
+
+    def over(self, job: Job) -> Engine:
+        """One for the same inputs with other parameters."""
+        other = Engine(job)
+        other._dtypes = self._dtypes
+        return other
 
     def prepare(self, names: Sequence[str]) -> None:
         """Run the rounds that look at the whole model, and look for compiled chunk functions; called before workers start."""
@@ -171,20 +177,35 @@ class Engine:
         """
         import torch
 
-        kind = self._kind if device.current() is None else str
-        parts = [
-            self._merge_run(run) if len(run) > 1 else self.read(run[0], 0, self._job.outputs[run[0]].numel)
-            for run in (list(run) for _, run in itertools.groupby(names, kind))
-        ]
+        runs = self._runs(names) if device.current() is None else [[name] for name in names]
+        parts = [self._merge_run(run) if len(run) > 1 else self.read(run[0], 0, self._job.outputs[run[0]].numel) for run in runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _kind(self, name: str) -> Any:
-        """Tensors of equal kind may be merged as one; one that stands alone is its own kind."""
+    def _runs(self, names: Sequence[str]) -> list[list[str]]:
+        """Neighbours that may be merged as one."""
         job = self._job
-        if name not in job.merged or name in job.members or job.method.needs_uniform or job.rounds(name) or job.unit(name) != "element":
-            return name
-        inputs = [*job.models, *([job.base] if job.base is not None else [])]
-        return job.outputs[name].dtype, [one.info(name).dtype for one in inputs], job.parameters_of(name)
+        runs: list[list[str]] = []
+        last: Any = None
+        asked: tuple[Mapping[str, Any] | None, bool] = (None, False)  # many tensors have the same parameters
+        for name in names:
+            kind = None
+            if name in job.merged and name not in job.members and not job.method.needs_uniform:
+                values = job.parameters_of(name)
+                if values is not asked[0]:
+                    asked = (values, not job.method.rounds(values) and job.method.unit(values) == "element")
+                kind = (job.outputs[name].dtype, self._dtypes_of(name), values) if asked[1] else None
+            if kind is not None and kind == last:
+                runs[-1].append(name)
+            else:
+                runs.append([name])
+            last = kind
+        return runs
+
+    def _dtypes_of(self, name: str) -> tuple[str, ...]:
+        if name not in self._dtypes:
+            job = self._job
+            self._dtypes[name] = tuple(one.info(name).dtype for one in [*job.models, *([job.base] if job.base is not None else [])])
+        return self._dtypes[name]
 
     def _merge_run(self, names: Sequence[str]) -> torch.Tensor:
         import torch

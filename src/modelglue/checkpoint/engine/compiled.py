@@ -91,7 +91,7 @@ def chunk_function(function: Callable[..., torch.Tensor]) -> ChunkFunction:
 
 
 def landing_function(lands: Callable[..., torch.Tensor | None]) -> Callable[[Callable[..., torch.Tensor]], ChunkFunction]:
-    """The same for one that methods end with: where the engine says into what, `lands` writes the rounded result there in one pass."""
+    """The same for one that methods end with: where the engine says where to, `lands` writes the rounded result in one pass."""
     return lambda function: ChunkFunction(function, lands=lands)
 
 
