@@ -63,16 +63,16 @@ VICTIMS: Mapping[int, tuple[Callable[[], None], str, str]] = {
 NAN, KILLED = 9, 11
 
 
-def acting(monkeypatch: pytest.MonkeyPatch, folder: Path, chosen: Mapping[int, Callable[[], None]]) -> None:
+def acting(monkeypatch: pytest.MonkeyPatch, folder: Path, chosen: Mapping[int | None, Callable[[], None]]) -> None:
     """Candidates of the search in `folder` by number, and what happens when they are merged."""
     numbers = {outcome.proposal.candidate.key: outcome.id for outcome in recorded(folder).outcomes if outcome.proposal.candidate}
     expression, holding = Members.expression, ResidentModel.holding
     last: list[int | None] = [None]
 
     def merged(self: Members, candidate: Candidate) -> Checkpoint:
-        last[0] = numbers.get(candidate.key)
-        if last[0] in chosen:
-            chosen[last[0]]()
+        number = last[0] = numbers.get(candidate.key)
+        if number in chosen:
+            chosen[number]()
         return expression(self, candidate)
 
     def held(self: ResidentModel, checkpoint: Checkpoint, content: str) -> Any:
