@@ -165,6 +165,31 @@ def test_a_gradient_is_a_curve_over_the_layers() -> None:
     ]  # fmt: skip
 
 
+def test_words_differ_from_layer_to_layer_by_clauses() -> None:
+    """A gradient is of numbers; yes and no of neighbouring layers stand in a clause each."""
+    space = MergeSpace("model_stock", MEMBERS, "o", 2, 3, parameters={"filter_wise": [False, True]})
+    found = space.candidate({"g0/filter_wise": True, "g1/filter_wise": False, "rest/filter_wise": False})
+    assert found is not None
+    assert found.recipe["parameters"]["filter_wise"] == [
+        {"filter": "layers.0.", "value": True}, {"filter": "layers.1.", "value": True}, {"filter": "layers.2.", "value": False},
+        {"value": False},
+    ]  # fmt: skip
+    read_recipe(dict(found.recipe))
+    with pytest.raises(UserError, match="filter_wise: has values that are no numbers"):
+        MergeSpace("model_stock", MEMBERS, "o", "gradient:2", 3, parameters={"filter_wise": [False, True]})
+
+
+def test_only_what_a_filter_matches_varies() -> None:
+    space = MergeSpace("slerp", ("a", "b"), granularity="gradient:2", layers=7, filters=("mlp",), only_filtered=True)
+    assert [parameter.name for parameter in space.space.parameters] == ["g0/mlp/t", "g1/mlp/t", "rest/t"]
+    found = space.candidate({"g0/mlp/t": 0.0, "g1/mlp/t": 1.0, "rest/t": 0.25})
+    assert found is not None
+    assert found.recipe["parameters"]["t"] == [{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 0.25}]
+    for wrong in ({"filters": ()}, {"granularity": "model"}):
+        with pytest.raises(UserError, match="only_filtered needs filters"):
+            MergeSpace("slerp", ("a", "b"), **{"granularity": "layer", "layers": 7, "filters": ("mlp",), "only_filtered": True, **wrong})
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------------------
 
 

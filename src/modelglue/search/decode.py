@@ -67,7 +67,8 @@ class MergeSpace:
             raise UserError(f"{method.id} of {len(self.members)} members{extra}; allowed is {method.min_models} {most} besides the base.")
         if method.needs_base and self._base is None:
             raise UserError(f"{method.id} needs a base. Name it.")
-        known = {parameter.name for parameter in method.parameters}
+        by_name = {parameter.name: parameter for parameter in method.parameters}
+        known = set(by_name)
         for name in self.parameters:
             if name not in known:
                 raise UserError(f"{method.id} has no parameter '{name}', but {', '.join(sorted(known))}.{did_you_mean(name, known)}")
@@ -76,6 +77,12 @@ class MergeSpace:
         if self.only_filtered and (not self.filters or self.granularity == "model"):
             raise UserError("only_filtered needs filters, and a granularity other than model: else nothing varies over the layers.")
         _ = self._groups, self.space
+        words = [name for name, said in self._searched.items() if isinstance(_parameter(name, said, by_name[name]), Choice)]
+        if words and self._groups and (self.filters or str(self.granularity).startswith("gradient:")):
+            raise UserError(
+                f"{', '.join(words)}: has values that are no numbers, which may differ from layer to layer, but neither along a gradient nor "
+                "by filters in every layer. Fix the value, or leave filters and gradient out."
+            )
 
     @property
     def _method(self) -> Method:
@@ -221,11 +228,14 @@ class MergeSpace:
             return next(iter(values.values()))
         clauses: list[tuple[str | None, Any]] = []
         for filter_ in self._varying if self._groups else (*self.filters, ""):
-            if self._groups:
-                curve = self._curve([values[f"g{group}", filter_] for group in range(self._groups)])
-                clauses.append((filter_ or self.marker, curve))
-            else:
+            if not self._groups:
                 clauses.append((filter_ or None, values["", filter_]))
+                continue
+            curve = self._curve([values[f"g{group}", filter_] for group in range(self._groups)])
+            if isinstance(curve, list) and not all(_is_number(value) for value in curve):  # a clause for every layer instead of a curve
+                clauses += [(f"{self.marker}{layer}.", value) for layer, value in enumerate(curve)]
+            else:
+                clauses.append((filter_ or self.marker, curve))
         if self._groups:
             clauses.append((None, values["rest", ""]))
         return [{"value": value} if name is None else {"filter": name, "value": value} for name, value in clauses]
@@ -239,6 +249,10 @@ class MergeSpace:
         assert self.layers is not None
         size = 1 if self.granularity == "layer" else int(self.granularity)
         return [values[layer // size] for layer in range(self.layers)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _name(*parts: str) -> str:
