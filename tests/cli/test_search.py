@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import pytest
 import yaml
 
 from modelglue.checkpoint import open_checkpoint
-from modelglue.cli.progress import search_line
+from modelglue.cli.progress import SearchListener, search_line
 from modelglue.errors import RecipeError
 from modelglue.recipe import merge
 from modelglue.search import recorded
-from modelglue.studies import read_search, run_search
+from modelglue.studies import limits_of, read_search, run_search
 from tests.cli.conftest import Run
 from tests.small_zoo import write_tasks, write_yaml, write_zoo
 
@@ -174,6 +175,80 @@ def test_progress_says_when_it_ends() -> None:
     fields = {"best": 0.5, "best_candidate": 3, "candidates": 10, "items": 500, "seconds": 60.0}
     assert search_line(fields, {"items": 2000}) == "best 50.0 % (candidate 3), 10 candidates, 500 items, 1:00, about 3:00 left"
     assert search_line({**fields, "best": None}, {}) == "no score yet, 10 candidates, 500 items, 1:00"
+
+
+class Screen:
+    """A console that keeps what it is given, and a clock that is set."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.time = 0.0
+
+    def print(self, line: str, **_: Any) -> None:
+        self.lines.append(line)
+
+    def now(self) -> float:
+        return self.time
+
+
+TOLD = {"best": 0.5, "best_candidate": 3, "candidates": 4, "items": 100, "seconds": 10.0}
+
+
+def events(screen: Screen, listener: SearchListener) -> None:
+    """Two batches, the second without a new best, candidates of both raced in parts; then the end."""
+    for time, event, fields in (
+        (5.0, "scored", {"split": "search", "items": 25}), (10.0, "told", TOLD), (14.0, "scored", {"split": "search", "items": 25}),
+        (41.0, "scored", {"split": "search", "items": 20}), (42.0, "told", {**TOLD, "candidates": 6, "items": 145, "seconds": 42.0}),
+        (50.0, "scored", {"split": "confirm", "items": 100}), (51.0, "scored", {"split": "confirm", "items": 100}), (52.0, "test", {}),
+    ):  # fmt: skip
+        screen.time = time
+        listener(event, fields)
+
+
+def test_progress_in_a_log() -> None:
+    """A line per new best, one after a silence, one per stage."""
+    screen = Screen()
+    events(screen, SearchListener(screen, {"candidates": 8}, None, screen.now))  # type: ignore[arg-type]
+    assert screen.lines == [
+        "best 50.0 % (candidate 3), 4 candidates, 100 items, 0:10, about 0:10 left",
+        "best 50.0 % (candidate 3), 4 candidates, 145 items, 0:41, about 0:41 left",
+        "scoring the best again, on items that the search has not seen",
+        "scoring on items that no decision has seen",
+    ]
+
+
+def test_progress_on_a_terminal() -> None:
+    """The live line moves with every part that is scored."""
+    screen, live = Screen(), list[str]()
+    events(screen, SearchListener(screen, {"items": 200}, live.append, screen.now))  # type: ignore[arg-type]
+    assert live == [
+        "no score yet, 0 candidates, 25 items, 0:05, about 0:35 left",
+        "best 50.0 % (candidate 3), 4 candidates, 100 items, 0:10, about 0:10 left",
+        "best 50.0 % (candidate 3), 4 candidates, 125 items, 0:14, about 0:08 left",
+        "best 50.0 % (candidate 3), 4 candidates, 145 items, 0:41, about 0:15 left",
+        "best 50.0 % (candidate 3), 6 candidates, 145 items, 0:42, about 0:15 left",
+    ]
+    assert len(screen.lines) == 3
+
+
+def test_progress_of_a_search_with_racing(run: Run, home: Path, tmp_path: Path) -> None:
+    found = run("search", "run", write_yaml(home / "raced.yaml", search_file(fitness={"chunk": 4})), tmp_path / "out")
+    lines = found.err.splitlines()
+    assert re.fullmatch(r"best [0-9.]+ % \(candidate 0\), 1 candidates, [0-9]+ items, 0:[0-9]{2}, about 0:[0-9]{2} left", lines[0])
+    assert lines[-2:] == ["scoring the best again, on items that the search has not seen", "scoring on items that no decision has seen"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "candidates"),
+    [
+        ({}, 4), ({"budget": {"candidates": 3}}, 3), ({"searcher": "cma", "budget": {"items": 9, "seconds": 5.5}}, None),
+        ({"searcher": {"name": "evolution", "population": 4, "generations": 5}, "budget": {}}, 20),
+    ],
+)  # fmt: skip
+def test_when_a_search_ends(fields: dict[str, Any], candidates: int | None, home: Path, done: Path) -> None:
+    file = read_search(write_yaml(home / "limits.yaml", search_file(**fields))).file
+    assert limits_of(file) == {"candidates": candidates, "items": file.budget.items, "seconds": file.budget.seconds}
+    assert limits_of(done)["candidates"] == 4
 
 
 # -- files of other tools -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ _STEPS = {
     "mixture": "joining the experts with a router",
     "test": "scoring on items that no decision has seen",
 }
+#: seconds after which a log that is no terminal says again where a search stands
+_SILENCE = 30.0
 
 
 @contextmanager
@@ -70,8 +72,11 @@ class _Listener:
 
 
 @contextmanager
-def search_progress(budget: dict[str, Any], *, quiet: bool) -> Iterator[Callable[[str, dict[str, Any]], None]]:
-    """A listener for a search: best so far, items used and expected end; a live line on a terminal, a line per new best elsewhere."""
+def search_progress(limits: Mapping[str, float | None], *, quiet: bool) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """A listener for a search: best so far, items used and expected end by the `limits` (candidates, items, seconds).
+
+    A live line on a terminal; elsewhere a line per new best, and one whenever there was none for half a minute.
+    """
     from modelglue.cli.console import stderr
 
     console = stderr()
@@ -79,34 +84,57 @@ def search_progress(budget: dict[str, Any], *, quiet: bool) -> Iterator[Callable
         yield lambda _event, _fields: None
     elif console.is_terminal:
         with console.status("starting") as status:
-            yield _SearchListener(console, budget, status.update)
+            yield SearchListener(console, limits, status.update)
     else:
-        yield _SearchListener(console, budget, None)
+        yield SearchListener(console, limits, None)
 
 
-class _SearchListener:
+class SearchListener:
     """Turns a search's events into lines."""
 
-    def __init__(self, console: Console, budget: dict[str, Any], update: Callable[[str], None] | None) -> None:
-        self._console, self._budget, self._update = console, budget, update
+    def __init__(
+        self, console: Console, limits: Mapping[str, float | None], update: Callable[[str], None] | None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._console, self._limits, self._update, self._now = console, limits, update, now
+        self._state: dict[str, Any] = {"best": None, "best_candidate": None, "candidates": 0, "items": 0, "seconds": 0.0}
+        self._since = 0
         self._best: float | None = None
+        self._told = self._printed = now()
+        self._stage = "search"
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        if event != "told":
-            return
-        line = search_line(fields, self._budget)
+        if event == "told":
+            self._state, self._since, self._told = fields, 0, self._now()
+            new = fields["best"] is not None and (self._best is None or fields["best"] > self._best)
+            self._best = fields["best"]
+            self._say(print_it=new)
+        elif event == "scored" and fields["split"] == "search":
+            self._since += fields["items"]
+            self._say()
+        elif event in ("scored", "test") and self._stage != (stage := fields.get("split", event)):
+            self._stage = stage
+            self._print("scoring the best again, on items that the search has not seen" if stage == "confirm" else _STEPS["test"])
+
+    def _say(self, *, print_it: bool = False) -> None:
+        """The line as it is now, batches that are still under way included."""
+        seconds = self._state["seconds"] + self._now() - self._told
+        line = search_line({**self._state, "items": self._state["items"] + self._since, "seconds": seconds}, self._limits)
         if self._update is not None:
             self._update(line)
-        if fields["best"] is not None and (self._best is None or fields["best"] > self._best):
-            self._best = fields["best"]
-            self._console.print(line, markup=False, soft_wrap=True)
+        if print_it or (self._update is None and self._now() - self._printed >= _SILENCE):
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        self._printed = self._now()
+        self._console.print(line, markup=False, soft_wrap=True)
 
 
-def search_line(fields: dict[str, Any], budget: dict[str, Any]) -> str:
+def search_line(fields: Mapping[str, Any], limits: Mapping[str, float | None]) -> str:
     """Where a search stands, in one line."""
     best = "no score yet" if fields["best"] is None else f"best {100 * fields['best']:.1f} % (candidate {fields['best_candidate']})"
     parts = [best, f"{fields['candidates']:,} candidates", f"{fields['items']:,} items", clock(fields["seconds"])]
-    done = [fields[name] / most for name, most in budget.items() if most and name in ("candidates", "items", "seconds")]
+    done = [fields[name] / most for name, most in limits.items() if most and name in ("candidates", "items", "seconds")]
     if done and 0 < max(done) < 1:
         parts.append(f"about {clock(fields['seconds'] * (1 / max(done) - 1))} left")
     return ", ".join(parts)

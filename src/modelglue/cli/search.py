@@ -44,7 +44,7 @@ def run(
         Print the findings as JSON.
     """
     from modelglue.cli.console import stderr
-    from modelglue.studies import read_search, run_search
+    from modelglue.studies import limits_of, read_search, run_search
 
     found = read_search(source)
     if not quiet:
@@ -52,7 +52,7 @@ def run(
             stderr().print(f"note: {note}", soft_wrap=True, markup=False)
     from modelglue.cli.progress import search_progress
 
-    with search_progress(found.file.budget.model_dump(), quiet=quiet or json) as listener:
+    with search_progress(limits_of(found.file), quiet=quiet or json) as listener:
         _show(
             run_search(source, out, workers=workers, device=device, executor=executor, store=store, on_event=listener),
             quiet=quiet,
@@ -85,9 +85,9 @@ def resume(
         Print the findings as JSON.
     """
     from modelglue.cli.progress import search_progress
-    from modelglue.studies import resume_search
+    from modelglue.studies import limits_of, resume_search
 
-    with search_progress({}, quiet=quiet or json) as listener:
+    with search_progress(limits_of(out), quiet=quiet or json) as listener:
         _show(resume_search(out, workers=workers, device=device, executor=executor, store=store, on_event=listener), quiet=quiet, json=json)
 
 

@@ -75,6 +75,18 @@ def resume_search(
     return _run(file, home, folder, place, store, on_event)
 
 
+def limits_of(source: SearchFile | Path) -> dict[str, float | None]:
+    """Candidates, items and seconds after which the search of a file, or the one in a folder, ends; None where that is open.
+
+    What the file says: its budget, and the number of trials or generations, whichever is less.
+    """
+    file = source if isinstance(source, SearchFile) else _remembered(source)[0]
+    said = file.searcher.options
+    trials = said.get("trials") or (said.get("population") or 0) * (said.get("generations") or 0)
+    known = [count for count in (file.budget.candidates, trials) if count]
+    return {"candidates": min(known, default=None), "items": file.budget.items, "seconds": file.budget.seconds}
+
+
 def _run(file: SearchFile, home: Path, folder: Path, place: Place, store: Path | None, on_event: Listener | None) -> Finished:
     bench = open_bench(file, home)
     if not (folder / JOURNAL).exists() or read_settings(folder).content() == bench.settings.content():
@@ -85,6 +97,8 @@ def _run(file: SearchFile, home: Path, folder: Path, place: Place, store: Path |
         report = run_study(
             bench.settings, evaluators["proxy"], folder, confirm=evaluators.get("confirmation"), facts=facts, on_event=on_event
         )
+        if "test" in evaluators and on_event is not None:
+            on_event("test", {})
         result = _result(bench, report, evaluators.get("test"))
     _write(folder / RESULT, result)
     return Finished(folder, report, result)
