@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
+
+if TYPE_CHECKING:
+    from modelglue.checkpoint import SaveReport
+    from modelglue.recipe import Document
+
+    Refuse = Callable[[Sequence[str]], None]
 
 
 def mix(
@@ -24,14 +31,16 @@ def mix(
 ) -> None:
     """Join models as experts of one model.
 
-    A file of mergekit-moe is obeyed as it is: the base's attention and embeddings, every model's feed-forward networks as experts, gates
-    from prompts. The output is a class that transformers and vLLM have (Mixtral, Qwen2-MoE, Qwen3-MoE, ...); it runs without modelglue.
+    Experts may be feed-forward networks (level ffn), decoder layers (block) or complete models (model); `level: auto` takes the first of
+    these that the experts allow. The file names experts, level, shared parts and router; a zoo file will do, and a file of mergekit-moe is
+    obeyed as it is. Where a class of transformers holds the mixture (Mixtral, Qwen2-MoE, Qwen3-MoE, ...), it is written in that class;
+    else with two small modelling files that need only torch and transformers. Complete models become a mixture folder.
     Experts stream chunk by chunk; killed at any moment, it continues when run again.
 
     Parameters
     ----------
     recipe
-        YAML in mergekit-moe's dialect.
+        YAML in modelglue's dialect or mergekit-moe's, or a zoo file.
     out
         Folder to write: config, tokenizer, weights, recipe and card.
     workers
@@ -49,34 +58,80 @@ def mix(
     json
         Print the summary as JSON.
     """
-    from modelglue.checkpoint import save
-    from modelglue.checkpoint.output.licence import licence_warnings, parents
-    from modelglue.cli.console import byte_progress, parse_size, print_json, print_warnings, size, stderr
+    from modelglue.cli.console import byte_progress, parse_size, print_json, print_warnings, stderr
     from modelglue.errors import MergeError
-    from modelglue.mixture.exports import upcycle
+    from modelglue.mixture.exports import is_moe_recipe
+    from modelglue.recipe import load_document
 
     start = time.monotonic()
     shard_bytes = parse_size(shard_size, "--shard-size")
     memory_bytes = None if memory is None else parse_size(memory, "--memory")
-    made = upcycle(recipe)
-    if strict and made.warnings:
-        raise MergeError("\n".join(made.warnings))
-    warnings = list(dict.fromkeys([*made.warnings, *licence_warnings(parents(made.checkpoint))]))
-    if not quiet:
-        print_warnings(stderr(), warnings)
+    document = load_document(recipe)
+    make = _sparse if is_moe_recipe(document) else _levels
     with byte_progress(out.name, quiet=quiet or json) as progress:
-        report = save(
-            made.checkpoint, out, workers=workers, memory=memory_bytes, shard_bytes=shard_bytes, overwrite=overwrite, progress=progress
-        )
-    if json:
-        print_json(
-            {
-                "directory": str(report.directory), "class": made.export, "tensors": report.tensors, "bytes": report.bytes,
-                "shards": report.shards, "resumed_bytes": report.resumed_bytes, "already_complete": report.already_complete,
-                "condition_numbers": list(made.conditions), "warnings": warnings,
-            }
+
+        def refuse(warnings: Sequence[str]) -> None:
+            if strict and warnings:
+                raise MergeError("\n".join(warnings))
+
+        result, text = make(
+            document, out, refuse, folder=recipe.parent, overwrite=overwrite, workers=workers, memory=memory_bytes, shard_bytes=shard_bytes,
+            progress=progress,
         )  # fmt: skip
+    if not quiet:
+        print_warnings(stderr(), result["warnings"])
+    if json:
+        print_json(result)
     elif not quiet:
-        state = "already complete" if report.already_complete else f"{time.monotonic() - start:.1f} s"
-        text = f"{out}: {made.export}, {report.tensors} tensors, {size(report.bytes)} ({state})"
-        stderr().print(text, soft_wrap=True, markup=False)
+        state = "already complete" if result.get("already_complete") else f"{time.monotonic() - start:.1f} s"
+        stderr().print(f"{out}: {text} ({state})", soft_wrap=True, markup=False)
+
+
+def _sparse(document: Document, out: Path, refuse: Refuse, *, folder: Path, **options: Any) -> tuple[dict[str, Any], str]:
+    """What a file of mergekit-moe says."""
+    from modelglue.checkpoint import save
+    from modelglue.checkpoint.output.licence import licence_warnings, parents
+    from modelglue.mixture.exports import upcycle
+
+    made = upcycle(document, folder)
+    refuse(list(made.warnings))
+    report = save(made.checkpoint, out, **options)
+    warnings = list(dict.fromkeys([*made.warnings, *licence_warnings(parents(made.checkpoint))]))
+    result = {**_saved(report), "class": made.export, "condition_numbers": list(made.conditions), "warnings": warnings}
+    return result, _summary(made.export, report)
+
+
+def _levels(document: Document, out: Path, refuse: Refuse, *, folder: Path, **options: Any) -> tuple[dict[str, Any], str]:
+    """What a file of ours, or a zoo, says."""
+    from modelglue.mixture.levels import prepare
+
+    made = prepare(document, folder)
+    refuse(list(made.warnings))
+    done = made.write(out, **options)
+    result: dict[str, Any] = {"level": made.level, "passed_by": list(made.why), "class": made.model_class, "warnings": list(made.warnings)}
+    if done.saved is None:
+        assert done.manifest is not None
+        names = [expert.name for expert in done.manifest.experts]
+        return {
+            "directory": str(out),
+            **result,
+            "experts": names,
+        }, f"level {made.level}, complete models: {', '.join(names)}{_because(made.why)}"
+    return {**_saved(done.saved), **result}, f"level {made.level}, {_summary(str(made.model_class), done.saved)}{_because(made.why)}"
+
+
+def _saved(report: SaveReport) -> dict[str, Any]:
+    return {
+        "directory": str(report.directory), "tensors": report.tensors, "bytes": report.bytes, "shards": report.shards,
+        "resumed_bytes": report.resumed_bytes, "already_complete": report.already_complete,
+    }  # fmt: skip
+
+
+def _summary(model_class: str, report: SaveReport) -> str:
+    from modelglue.cli.console import size
+
+    return f"{model_class}, {report.tensors} tensors, {size(report.bytes)}"
+
+
+def _because(why: Sequence[str]) -> str:
+    return "".join(f"; {reason}" for reason in why)

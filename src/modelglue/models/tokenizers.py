@@ -8,6 +8,7 @@ from typing import Any
 
 from modelglue.checkpoint import Checkpoint, file_bytes, json_bytes
 from modelglue.errors import CheckpointError
+from modelglue.models.mixture_code import MODEL_TYPE, backbone_type
 
 #: a tokenizer has at least one of these
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -23,12 +24,16 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     files = checkpoint.files
     folders = {None if isinstance(file, bytes) else file.parent for file in files.values()}
     home = folders.pop() if len(folders) == 1 else None
+    config = dict(checkpoint.config)
+    if config.get("model_type") == MODEL_TYPE:  # a type that transformers does not know makes it ask for code
+        config = {key: value for key, value in config.items() if key != "auto_map"} | {"model_type": backbone_type(config)}
+        home = None
     if home is not None and (home / "config.json").is_file():
         return _load(AutoTokenizer, home, checkpoint)
     with tempfile.TemporaryDirectory() as name:
         for file, source in files.items():
             (Path(name) / Path(file).name).write_bytes(file_bytes(source))
-        (Path(name) / "config.json").write_bytes(json_bytes(dict(checkpoint.config)))
+        (Path(name) / "config.json").write_bytes(json_bytes(config))
         return _load(AutoTokenizer, Path(name), checkpoint)
 
 

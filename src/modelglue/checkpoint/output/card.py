@@ -11,6 +11,11 @@ import yaml
 from modelglue.checkpoint.output.licence import Parent, common_licence, licence_warnings, parents
 from modelglue.checkpoint.protocol import Checkpoint
 
+_OWN_CODE = (
+    "It needs modelling code of its own, because no class of transformers holds experts that are joined in this way: "
+    "`modeling_mixture.py` and `configuration_mixture.py` in this folder, which need torch and transformers and nothing else. "
+    "transformers runs them when it is told `trust_remote_code=True`; read them first."
+)
 #: ending of the class's name -> (what the hub calls the task, transformers' class that loads it)
 _TASKS = (
     (r"ForCausalLM|LMHeadModel", "text-generation", "AutoModelForCausalLM"),
@@ -69,7 +74,8 @@ def _heading(checkpoint: Checkpoint) -> str:
     oldest = None if "auto_map" in checkpoint.config else checkpoint.config.get("transformers_version")
     needs = f" Needs transformers {oldest} or later." if oldest else ""
     kind = next(iter(checkpoint.config.get("architectures") or []), "one model")
-    return f"# Mixture of experts\n\n{len(described['experts'])} experts in one `{kind}`.{needs} Made with modelglue from:"
+    code = f"\n\n{_OWN_CODE}\n\n" if "auto_map" in checkpoint.config else " "
+    return f"# Mixture of experts\n\n{len(described['experts'])} experts in one `{kind}`.{needs}{code}Made with modelglue from:"
 
 
 def _front_matter(checkpoint: Checkpoint, found: Sequence[Parent]) -> dict[str, Any]:
@@ -128,6 +134,7 @@ def _loading(checkpoint: Checkpoint) -> str:
     loader, files = _task(checkpoint)[1], checkpoint.files
     reader = "AutoProcessor" if {"processor_config.json", "preprocessor_config.json"} & set(files) else "AutoTokenizer"
     lines = [f"from transformers import {', '.join(sorted([loader, reader]))}", ""]
-    lines += [f'model = {loader}.from_pretrained("path/to/this/folder")']
-    lines += [f'{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained("path/to/this/folder")']
+    trusted = ", trust_remote_code=True" if "auto_map" in checkpoint.config else ""
+    lines += [f'model = {loader}.from_pretrained("path/to/this/folder"{trusted})']
+    lines += [f'{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained("path/to/this/folder"{trusted})']
     return "\n".join(lines)

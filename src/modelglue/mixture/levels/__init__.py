@@ -2,7 +2,7 @@
 
 from modelglue.mixture.levels.assemble import LevelSpec, deciding_layers, join
 from modelglue.mixture.levels.gates import gates_for
-from modelglue.mixture.levels.make import Mixed, mix
+from modelglue.mixture.levels.make import Mixed, Prepared, mix, prepare
 from modelglue.mixture.levels.members import Member
 from modelglue.mixture.levels.recipe import MixRecipe, read_mix
 from modelglue.mixture.levels.requirements import best_level, reasons, require
@@ -12,11 +12,13 @@ __all__ = [
     "Member",
     "MixRecipe",
     "Mixed",
+    "Prepared",
     "best_level",
     "deciding_layers",
     "gates_for",
     "join",
     "mix",
+    "prepare",
     "read_mix",
     "reasons",
     "require",

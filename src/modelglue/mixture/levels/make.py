@@ -16,6 +16,7 @@ from modelglue.mixture.levels.gates import gates_for
 from modelglue.mixture.levels.members import Member, members
 from modelglue.mixture.levels.recipe import MixRecipe, read_mix
 from modelglue.mixture.levels.requirements import Level, best_level, require
+from modelglue.mixture.levels.standard import in_standard_class
 from modelglue.mixture.router import WITHOUT_PROMPTS
 from modelglue.mixture.spec import ExpertSpec, RouterSpec
 from modelglue.recipe import Document, Recipe, build
@@ -23,32 +24,66 @@ from modelglue.recipe.build import open_reference
 
 
 @dataclass(frozen=True)
-class Mixed:
-    """What was made. `why`: the levels that `auto` passed by, with the reasons."""
+class Complete:
+    """What a mixture directory of complete models is made of."""
+
+    experts: tuple[ExpertSpec, ...]
+    router: RouterSpec
+    encoder: Path | None
+    pack: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A mixture that is decided and not written yet: an expression where experts are parts of one model, else complete models."""
 
     level: Level
     why: tuple[str, ...]
-    warnings: tuple[str, ...]
-    saved: SaveReport | None = None
-    """Where experts are parts of one model."""
-    manifest: Manifest | None = None
-    """Where they are complete models."""
+    """The levels that `auto` passed by, and why no class of transformers holds the mixture."""
+    made: Checkpoint | Complete
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def model_class(self) -> str | None:
+        """None for complete models."""
+        return None if isinstance(self.made, Complete) else str(self.made.config["architectures"][0])
+
+    def write(self, directory: str | Path, *, overwrite: bool = False, **options: Any) -> Mixed:
+        """Write it. `options` go to `save` (workers, memory, shard_bytes, progress), where one model is written."""
+        if isinstance(self.made, Checkpoint):
+            return Mixed(self, save(self.made, directory, overwrite=overwrite, **options), None)
+        made = self.made
+        manifest = write_mixture(directory, made.experts, made.router, encoder=made.encoder, pack=made.pack, overwrite=overwrite)
+        return Mixed(self, None, manifest)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What was written: a model, or the manifest of a mixture directory."""
+
+    prepared: Prepared
+    saved: SaveReport | None
+    manifest: Manifest | None
 
 
 def mix(
-    source: str | Path | Mapping[str, Any] | Document,
-    directory: str | Path,
-    *,
-    folder: Path | None = None,
-    overwrite: bool = False,
+    source: str | Path | Mapping[str, Any] | Document, directory: str | Path, *, folder: Path | None = None, overwrite: bool = False,
     **options: Any,
-) -> Mixed:
-    """Join experts by a file (`MixRecipe`, or a zoo) into `directory`. `options` go to `save` (workers, memory, shard_bytes, progress).
+) -> Mixed:  # fmt: skip
+    """Join experts by a file (`MixRecipe`, or a zoo) into `directory`; what `prepare` and `Prepared.write` do, in one call.
 
-    Everything is checked from headers before anything is written or loaded. Weights are streamed into the shards: memory is that of the
-    encoder while gates are made from prompts, and of a chunk afterwards. Killed at any moment, it continues when called again; equal
-    files and inputs give equal bytes. References are taken from `folder` (default: that of the file), then from the working folder.
-    Raises RecipeError for the file, CheckpointError for a model, UserError for a level that the experts do not allow.
+    Killed at any moment, it continues when called again; equal files and inputs give equal bytes.
+    """
+    return prepare(source, folder).write(directory, overwrite=overwrite, **options)
+
+
+def prepare(source: str | Path | Mapping[str, Any] | Document, folder: Path | None = None) -> Prepared:
+    """Read the file, open the experts, choose the level, make the gates. References are taken from `folder` (default: that of the file),
+    then from the working folder.
+
+    Everything is checked from headers before a model is loaded. Memory: that of the encoder in float32 while gates are made from
+    prompts, nothing of the experts. Raises RecipeError for the file, CheckpointError for a model, UserError for a level that the experts
+    do not allow.
     """
     if folder is None and isinstance(source, str | Path):
         folder = Path(source).parent
@@ -56,9 +91,9 @@ def mix(
     opened = _open(document, recipe, folder)
     level, why, shared, merged = _level(document, recipe, opened, folder)
     if level == "model" and not recipe.share_io:
-        return _complete(recipe, opened, directory, why, overwrite=overwrite)
-    checkpoint, warnings = _inside(document, recipe, level, opened, shared, merged, folder)
-    return Mixed(level, why, warnings, saved=save(checkpoint, directory, overwrite=overwrite, **options))
+        return Prepared(level, why, _complete(recipe, opened))
+    checkpoint, own, warnings = _inside(document, recipe, level, opened, shared, merged, folder)
+    return Prepared(level, (*why, *own), checkpoint, warnings)
 
 
 def _open(document: Document, recipe: MixRecipe, folder: Path | None) -> dict[str, Checkpoint]:
@@ -114,15 +149,15 @@ def _merged(document: Document, recipe: MixRecipe, folder: Path | None) -> Check
     except UserError as error:
         if recipe.merged is not None:
             raise RecipeError(document.fault(("merged",), str(error))) from error
-        what = f"the experts cannot be averaged ({error}). Say `shared: NAME` with an expert's name, and merged_layers: 0."
+        what = f"the experts cannot be averaged. Say `shared: NAME` with an expert's name, and merged_layers: 0.\n{error}"
         raise RecipeError(document.fault(("shared",), what)) from error
 
 
 def _inside(
     document: Document, recipe: MixRecipe, level: Level, opened: Mapping[str, Checkpoint], shared: Checkpoint, merged: Checkpoint | None,
     folder: Path | None,
-) -> tuple[Checkpoint, tuple[str, ...]]:  # fmt: skip
-    """The mixture as an expression, and what is to be said about it."""
+) -> tuple[Checkpoint, tuple[str, ...], tuple[str, ...]]:  # fmt: skip
+    """(the mixture as an expression, why it needs code of its own, what is to be said about it)."""
     base = Member("shared", shared)
     router, routing = recipe.router, recipe.routing or ("token" if level == "ffn" else "sample")
     if recipe.merged_layers >= base.roles.count:
@@ -143,8 +178,17 @@ def _inside(
     ]
     gates, mode = gates_for(encoder, experts, router.gate_mode, layers, width=base.width, seed=router.seed)
     decided = recipe.model_copy(update={"level": level, "routing": routing, "router": router.model_copy(update={"gate_mode": mode})})
-    joined = join(opened, shared, gates, spec, merged=merged, description=decided.described())
-    return joined, tuple(_warnings(gates, mode, len(layers)))
+    description, warnings = decided.described(), tuple(_warnings(gates, mode, len(layers)))
+    why: tuple[str, ...] = ()
+    if recipe.export != "own":
+        try:
+            made = in_standard_class(opened, shared, gates, spec, merged=merged, description=description)
+            return made, (), warnings
+        except UserError as error:
+            if recipe.export == "standard":
+                raise RecipeError(document.fault(("export",), f"no class of transformers holds this mixture: {error}")) from error
+            why = (f"with modelling code of its own: {error}",)
+    return join(opened, shared, gates, spec, merged=merged, description=description), why, warnings
 
 
 def _warnings(gates: Mapping[int, Any], mode: str, layers: int) -> list[str]:
@@ -157,10 +201,7 @@ def _warnings(gates: Mapping[int, Any], mode: str, layers: int) -> list[str]:
     return [f"the condition number of the gates is above {HIGH_CONDITION:g} in {len(high)} of {layers} layers: the prompts are too alike."]
 
 
-def _complete(
-    recipe: MixRecipe, opened: Mapping[str, Checkpoint], directory: str | Path, why: tuple[str, ...], *, overwrite: bool
-) -> Mixed:
-    """A mixture directory: every expert is a complete model in a folder of its own."""
+def _complete(recipe: MixRecipe, opened: Mapping[str, Checkpoint]) -> Complete:
     experts = []
     for one in recipe.experts:
         checkpoint = opened[one.name]
@@ -176,5 +217,4 @@ def _complete(
     encoder = None
     if router.encoder is not None:
         encoder = next((expert.path for expert in experts if expert.name == router.encoder), Path(router.encoder))
-    manifest = write_mixture(directory, experts, spec, encoder=encoder, pack=recipe.pack, overwrite=overwrite)
-    return Mixed("model", why, (), manifest=manifest)
+    return Complete(tuple(experts), spec, encoder, recipe.pack)

@@ -84,6 +84,9 @@ class MixRecipe(_Part):
     pack: bool = False
     """Copy complete models into the output instead of referring to them."""
     compat: Literal["none", "official"] = "none"
+    """`official`: as the research code does it: pads count, every call is routed anew, no cache."""
+    export: Literal["auto", "standard", "own"] = "auto"
+    """`standard`: a class that transformers has, or an error; `own`: always with modelling code of its own; `auto`: what is possible."""
     router: MixRouter = MixRouter()
 
     @property
@@ -147,7 +150,7 @@ def _faults(document: Document, recipe: MixRecipe) -> list[str]:
         )
         faults.append(document.fault(("routing",), what))
     complete = recipe.level == "model" and not recipe.share_io
-    only_inside = {"merged_layers": 0, "merged": None, "compat": "none", "shared": "merged"}
+    only_inside = {"merged_layers": 0, "merged": None, "compat": "none", "shared": "merged", "export": "auto"}
     for key, default in only_inside.items():
         if complete and getattr(recipe, key) != default:
             faults.append(document.fault((key,), "has no meaning for complete models. Leave it out, or say share_io: true."))

@@ -38,6 +38,12 @@ def parsed_config(values: Mapping[str, Any]) -> tuple[Any, Any]:
     return made.config_class(**{key: value for key, value in values.items() if key != "model_type"}), made
 
 
+def backbone_type(values: Mapping[str, Any]) -> str:
+    """The model_type of the model whose parts the experts share."""
+    _, made = parsed_config(values)
+    return str(made.backbone.config_class.model_type)
+
+
 def source_files(backbone: Any) -> dict[str, bytes]:
     """The two modelling files for a model class of transformers; they import torch and transformers and nothing else."""
     folder = Path(__file__).parent
