@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,18 @@ def random_model(name: str, seed: int = 0, **changes: Any) -> Any:
     values = config(name, **changes)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values), dtype=torch.float32).eval()
+
+
+def random_dense(kind: str, seed: int = 0, **changes: Any) -> Any:
+    """A small decoder of any class that is built like Llama; norms and biases are random too, so that none may be mistaken for another."""
+    values = copy.deepcopy({**_COMMON, **_LLAMA, "tie_word_embeddings": False, **changes})  # configs write into what they are given
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5)
+    return model
 
 
 def saved_model(folder: Path, name: str, seed: int = 0, *, tokenizer: PreTrainedTokenizerFast | None = None, **changes: Any) -> Path:
