@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from modelglue.errors import UserError
 from modelglue.search.decode import Decoder
-from modelglue.search.item_response import Floats
+from modelglue.search.distributions import Distribution, Mixed, Numbers, Sample
 from modelglue.search.randomness import rng
 from modelglue.search.searcher import Needs, Outcome, Proposal, told
-from modelglue.search.space import Params
+from modelglue.search.space import Choice, Int, Params
 
 #: the setting of the evolutionary strategy of Model-GLUE (arXiv 2410.05357)
 TRIALS, SIGMA = 200, 1 / 6
+#: dimensions above which the covariance of two of them is not learned
+MANY = 100
+Covariance: TypeAlias = Literal["auto", "full", "diagonal"]
 #: with fewer there is no covariance to learn
 LEAST_POPULATION = 4
 
@@ -28,6 +31,9 @@ def population_for(dimensions: int) -> int:
 class CmaSearch:
     """Covariance matrix adaptation (Hansen), one generation per ask, as Model-GLUE sets it.
 
+    `covariance`: `full`; `diagonal` (separable, time O(dimensions)); `auto`: diagonal above 100 dimensions. A space with whole numbers or
+    choices is searched by CatCMA with margin, whatever that says: a joint distribution of numbers and categories.
+
     Starts at the middle of the cube, or at `start`, with a step of a sixth of every range. Without `start` the first trial is uniformly
     random and told to nobody; with it, `start` itself is scored first. Points outside are drawn again up to 10 x dimensions times, then
     clipped. Ends after `trials` candidates (a generation that is cut short is scored and not told), when the distribution has collapsed,
@@ -39,10 +45,10 @@ class CmaSearch:
 
     def __init__(
         self, decoder: Decoder, *, seed: int = 42, trials: int | None = TRIALS, population: int | None = None, sigma: float = SIGMA,
-        start: Params | None = None, patience: int | None = None, least: int = 0, name: str = "cma",
+        start: Params | None = None, patience: int | None = None, least: int = 0, name: str = "cma", covariance: Covariance = "auto",
     ) -> None:  # fmt: skip
-        from cmaes import CMA
-
+        if covariance not in get_args(Covariance):
+            raise UserError(f"covariance is '{covariance}'; allowed are {', '.join(get_args(Covariance))}.")
         space = decoder.space
         self._decoder, self._seed, self._trials, self._name = decoder, seed, trials, name
         self._dimensions = space.dimensions
@@ -51,15 +57,16 @@ class CmaSearch:
             raise UserError(
                 f"a population of {self._population} with a step of {sigma:g}; allowed are {LEAST_POPULATION} or more, and a step above 0."
             )
-        width = max(2, self._dimensions)  # the library wants two dimensions at least; a second one that nobody reads does no harm
-        mean = np.full(width, 0.5)
-        if start is not None:
-            mean[: self._dimensions] = space.to_unit_cube(start)
         self._start = None if start is None else space.canonical(start)
-        bounds = np.tile([0.0, 1.0], (width, 1))
-        self._optimiser = CMA(mean, sigma, bounds=bounds, n_max_resampling=10 * width, seed=0, population_size=self._population)
+        mean = None if start is None else space.to_unit_cube(start)
+        self._optimiser: Distribution
+        if any(isinstance(parameter, Int | Choice) for parameter in space.parameters):
+            self._optimiser = Mixed(space, mean, sigma, self._population)
+        else:
+            diagonal = covariance == "diagonal" or (covariance == "auto" and self._dimensions > MANY)
+            self._optimiser = Numbers(self._dimensions, mean, sigma, self._population, diagonal=diagonal)
         self._patience, self._least = patience, least
-        self._asked: list[Floats] = []
+        self._asked: list[Sample] = []
         self._extra = 0
         self._count = 0
         self._generation = 0
@@ -74,7 +81,7 @@ class CmaSearch:
         return self
 
     def ask(self, n: int) -> list[Proposal]:
-        self._optimiser.reseed_rng(int(rng(self._seed, self._name, self._generation).integers(2**31)))
+        self._optimiser.reseed(int(rng(self._seed, self._name, self._generation).integers(2**31)))
         extra: list[Proposal] = []
         if self._generation == 0 and self._start is not None:
             extra = [self._proposal(self._start, "init")]
@@ -83,7 +90,7 @@ class CmaSearch:
             extra = [self._proposal(self._decoder.space.from_unit_cube(drawn), "random")]
         self._extra = len(extra)
         self._asked = [self._optimiser.ask() for _ in range(self._population)]
-        children = [self._decoder.space.from_unit_cube(x[: self._dimensions]) for x in self._asked]
+        children = [self._decoder.space.from_unit_cube(sample.point) for sample in self._asked]
         batch = [*extra, *(self._proposal(params, "child") for params in children)]
         left = len(batch) if self._trials is None else self._trials - self._count
         self._count += len(batch[:left])
@@ -92,8 +99,7 @@ class CmaSearch:
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         values = told(outcomes)
         if len(outcomes) == self._extra + self._population:
-            generation = list(zip(self._asked, values[self._extra :], strict=True))
-            self._optimiser.tell([(x, -value) for x, value in generation])
+            self._optimiser.tell(list(zip(self._asked, values[self._extra :], strict=True)))
         best = max((outcome.merit for outcome in outcomes if outcome.whole), default=-np.inf)
         self._since_best = 0 if best > self._best else self._since_best + 1
         self._best = max(self._best, best)
@@ -106,10 +112,13 @@ class CmaSearch:
             return True
         if self._patience is not None and self._since_best >= self._patience and self._count >= self._least:
             return True
-        return bool(self._optimiser.should_stop())
+        return self._optimiser.collapsed()
 
     def report(self) -> Mapping[str, Any]:
-        return {"generations": self._generation, "population": self._population, "dimensions": self._dimensions}
+        return {
+            "generations": self._generation, "population": self._population, "dimensions": self._dimensions,
+            "distribution": self._optimiser.kind,
+        }  # fmt: skip
 
     def _proposal(self, params: Params, tag: str) -> Proposal:
         return Proposal(self._decoder.candidate(params), params, self._parents if tag == "child" else (), tag)

@@ -80,8 +80,8 @@ class MergeSpace:
         words = [name for name, said in self._searched.items() if isinstance(_parameter(name, said, by_name[name]), Choice)]
         if words and self._groups and (self.filters or str(self.granularity).startswith("gradient:")):
             raise UserError(
-                f"{', '.join(words)}: has values that are no numbers, which may differ from layer to layer, but neither along a gradient nor "
-                "by filters in every layer. Fix the value, or leave filters and gradient out."
+                f"{', '.join(words)}: has values that are no numbers, which may differ from layer to layer, but neither along a gradient "
+                "nor by filters in every layer. Fix the value, or leave filters and gradient out."
             )
 
     @property
