@@ -61,7 +61,10 @@ OPTIONS = {
     "recommend": "--zoo --base --json --quiet",
     "similarity": "MODELS --zoo --mode --scope --base --threshold --linkage --out --overwrite --json --quiet",
     "eval": "MODELS --tasks --include --store --device --json --quiet",
-    "generate": "--model PROMPTS --max-new-tokens --until --json --quiet",
+    "generate": "--model PROMPTS --max-new-tokens --until --temperature --top-p --seed --beams --residency --dtype --json --quiet",
+    "route": "--mixture TEXTS --json",
+    "serve": "--model --host --port --name --api-key-file --residency --dtype --max-tokens --max-body --max-choices --rows --queue "
+    "--timeout --json --quiet",
     "report": "--run --json --quiet",
 }
 

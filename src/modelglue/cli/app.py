@@ -44,7 +44,9 @@ COMMANDS = {
     "recommend": ("modelglue.cli.recommend:recommend", "Say which merge methods suit a zoo, and why."),
     "similarity": ("modelglue.cli.similarity:similarity", "Compare the weights of models and find the families."),
     "eval": ("modelglue.cli.eval:evaluate", "Score models on lm-evaluation-harness tasks."),
-    "generate": ("modelglue.cli.generate:generate", "Continue prompts, greedily, and print the continuations."),
+    "generate": ("modelglue.cli.generate:generate", "Continue prompts and print the continuations."),
+    "route": ("modelglue.cli.route:route", "Say which expert of a mixture a text goes to, and why."),
+    "serve": ("modelglue.cli.serve:serve", "Serve a model or a mixture in OpenAI's dialect."),
     "report": ("modelglue.cli.report:report", "Write the HTML report of a run."),
 }
 for _name, (_path, _help) in COMMANDS.items():

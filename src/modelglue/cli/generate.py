@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 if TYPE_CHECKING:
     from modelglue.mixture import Mixture
     from modelglue.models import LiveTextModel
+    from modelglue.models.sampling import Sampling
 
-_OPTIONS = ("--max-new-tokens", "--until", "--json", "--quiet")
+_OPTIONS = (
+    "--max-new-tokens", "--until", "--temperature", "--top-p", "--seed", "--beams", "--residency", "--dtype", "--json", "--quiet",
+)  # fmt: skip
 _LIKE_AN_OPTION = re.compile(r"--?[A-Za-z][\w-]*(=.*)?")
 _ESCAPED = {"n": "\n", "t": "\t", "\\": "\\"}
 
@@ -23,12 +26,19 @@ def generate(
     *prompts: Annotated[str, Parameter(allow_leading_hyphen=True)],
     max_new_tokens: int = 64,
     until: Annotated[list[str] | None, Parameter(negative=())] = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    beams: int = 1,
+    residency: str | None = None,
+    dtype: Literal["float32", "stored"] = "float32",
     json: Annotated[bool, Parameter(negative=())] = False,
     quiet: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    r"""Continue prompts, greedily, and print the continuations.
+    r"""Continue prompts and print the continuations.
 
-    Behind a mixture every prompt is answered by one expert; which one is said on standard error.
+    Behind a mixture every prompt is answered by the expert that the router chooses for it; which one is said on standard error. A text
+    does not depend on the other prompts: equal prompts, settings and seeds give equal texts.
 
     Parameters
     ----------
@@ -40,20 +50,38 @@ def generate(
         Tokens to write at most, counted by the model's own tokenizer.
     until
         Text to stop before; may be given several times. `\n`, `\t` and `\\` mean line feed, tab and backslash.
+    temperature
+        Above 0 tokens are drawn; at 0 the most probable one is written, always.
+    top_p
+        Draw from the fewest tokens that have this probability together.
+    seed
+        What is drawn is a function of it.
+    beams
+        Continuations that are kept while the most probable one is searched for; not with a temperature.
+    residency
+        Which experts of a mixture are in memory: lazy (those that were needed), all, or lru:N (the N that were used last).
+    dtype
+        float32, or stored: compute in the dtype of the files, which are mapped and not copied.
     json
         Print a list with prompt, text, expert, weight and logits of every answer.
     quiet
         Say nothing on standard error.
     """
     from modelglue.cli.console import print_json, print_warnings, stderr
+    from modelglue.cli.opening import open_live
     from modelglue.errors import UserError
+    from modelglue.models.sampling import Sampling
 
-    if max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {max_new_tokens}; allowed is a whole number from 1.")
-    texts = _read(prompts)
+    for option, number in (("--max-new-tokens", max_new_tokens), ("--beams", beams)):
+        if number < 1:
+            raise UserError(f"{option} is {number}; allowed is a whole number from 1.")
+    sampling = Sampling(temperature, top_p, seed)
+    if beams > 1 and not sampling.greedy:
+        raise UserError(f"--beams is {beams} and --temperature {temperature:g}: beams are not drawn. Leave one of them out.")
+    texts = read_prompts(prompts, _OPTIONS, "generate MODEL")
     stops = [re.sub(r"\\([nt\\])", lambda match: _ESCAPED[match[1]], stop) for stop in until or []]
-    opened = _open(model)
-    answers = _answers(opened, texts, stops, max_new_tokens)
+    opened = open_live(model, residency=residency, dtype=dtype)
+    answers = _answers(opened, texts, {"until": stops, "max_new_tokens": max_new_tokens}, sampling, beams)
     if json:
         print_json(answers)
     else:
@@ -62,45 +90,38 @@ def generate(
         print_warnings(stderr(), [f"only the end of {opened.truncated} of {len(texts)} prompts was read: {model} cannot hold more."])
 
 
-def _read(prompts: Sequence[str]) -> list[str]:
+def read_prompts(prompts: Sequence[str], options: Sequence[str], usage: str) -> list[str]:
     """The prompts, with those of standard input in the place of `-`."""
     from modelglue.errors import UserError, did_you_mean
 
     texts: list[str] = []
     for prompt in prompts:
         if _LIKE_AN_OPTION.fullmatch(prompt):
-            near = did_you_mean(prompt, _OPTIONS)
+            near = did_you_mean(prompt, options)
             raise UserError(f"there is no option '{prompt}'.{near} If it is a prompt, give it on standard input, with - in its place.")
         try:
             texts += sys.stdin.read().splitlines() if prompt == "-" else [prompt]
         except UnicodeDecodeError as error:
             raise UserError(f"standard input: is not {error.encoding} ({error.reason}). Convert it first.") from error
     if not texts:
-        raise UserError(
-            'no prompt: give at least one, as in `modelglue generate MODEL "Once upon"`, or - to read lines from standard input.'
-        )
+        raise UserError(f'no prompt: give at least one, as in `modelglue {usage} "Once upon"`, or - to read lines from standard input.')
     return texts
 
 
-def _open(model: str) -> Mixture | LiveTextModel:
-    from modelglue.checkpoint import Checkpoint
-    from modelglue.cli.opening import open_model
-    from modelglue.models import LiveTextModel, load_live, load_tokenizer
-
-    opened = open_model(model)
-    return LiveTextModel(load_live(opened), load_tokenizer(opened)) if isinstance(opened, Checkpoint) else opened
-
-
-def _answers(model: Mixture | LiveTextModel, texts: Sequence[str], stops: Sequence[str], max_new_tokens: int) -> list[dict[str, Any]]:
+def _answers(
+    model: Mixture | LiveTextModel, texts: Sequence[str], how: dict[str, Any], sampling: Sampling, beams: int
+) -> list[dict[str, Any]]:
     """Prompt, text, and (of a mixture, else None) whose it is."""
     from modelglue.mixture import Mixture
+    from modelglue.models.writer import Writer
 
     if not isinstance(model, Mixture):
-        written = model.generate(texts, until=stops, max_new_tokens=max_new_tokens)
+        plain = beams == 1 and sampling.greedy
+        written = model.generate(texts, **how) if plain else Writer(model).write(texts, **how, sampling=sampling, beams=beams)
         nobody = {"expert": None, "weight": None, "logits": None}
         return [{"prompt": prompt, "text": text, **nobody} for prompt, text in zip(texts, written, strict=True)]
     answers = []
-    for prompt, answer in zip(texts, model.generate_routed(texts, until=stops, max_new_tokens=max_new_tokens), strict=True):
+    for prompt, answer in zip(texts, model.generate_routed(texts, **how, sampling=sampling, beams=beams), strict=True):
         route = answer.route
         logits = dict(zip(model.experts, route.logits, strict=False))  # a prompt without tokens has none
         answers.append({"prompt": prompt, "text": answer.text, "expert": route.name, "weight": route.weight, "logits": logits})

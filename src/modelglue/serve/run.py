@@ -47,6 +47,11 @@ def serving(engine: Engine, name: str, *, host: str = "127.0.0.1", port: int = 0
             thread.join()
 
 
+def check_installed() -> None:
+    """Raise UserError where the libraries of the extra are missing."""
+    _uvicorn()
+
+
 def _uvicorn() -> Any:
     try:
         import starlette  # noqa: F401
