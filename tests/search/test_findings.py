@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import builtins
 import csv
 import io
 import json
 import math
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modelglue.errors import UserError
 from modelglue.recipe import Candidate, Scores
 from modelglue.search import SearchReport, SearchSettings, SyntheticEvaluator, run_study
+from modelglue.search.event_file import _masked, crc32c
 from modelglue.search.export import to_csv, to_tensorboard
 from modelglue.search.findings import winners_curse
 from modelglue.search.objective import Objective
@@ -99,27 +100,80 @@ def test_a_table_of_all_candidates() -> None:
         assert [float(row[f"param:weight[{n}]"]) for n in range(3)] == outcome.proposal.params["weight"]
 
 
+def read_events(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag -> (step, number), read by the format's description, every checksum checked."""
+    data, found = path.read_bytes(), dict[str, list[tuple[int, float]]]()
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        body, data, sums = data[12 : 12 + size], data[16 + size :], (data[8:12], data[12 + size : 16 + size])
+        assert [struct.unpack("<I", one)[0] for one in sums] == [_masked(struct.pack("<Q", size)), _masked(body)]
+        event = fields(body)
+        for value in repeated(event.get(5, b"")):
+            one = fields(value)
+            found.setdefault(one[1].decode(), []).append((event[2], struct.unpack("<f", one[2])[0]))
+    return found
+
+
+def repeated(data: bytes) -> list[Any]:
+    """The parts of a message whose only field is number 1."""
+    return [value for _, value in pairs(data)]
+
+
+def fields(data: bytes) -> dict[int, Any]:
+    return dict(pairs(data))
+
+
+def pairs(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, content) of a protocol buffer."""
+    while data:
+        key, data = varint(data)
+        field, kind = key >> 3, key & 7
+        if kind == 0:
+            value, data = varint(data)
+            yield field, value
+        else:
+            size = {1: 8, 5: 4}.get(kind)
+            if size is None:
+                size, data = varint(data)
+            yield field, data[:size]
+            data = data[size:]
+
+
+def varint(data: bytes) -> tuple[int, bytes]:
+    value = 0
+    for place, byte in enumerate(data):
+        value |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            return value, data[place + 1 :]
+    raise AssertionError("cut off")
+
+
+def test_checksums() -> None:
+    """The examples of RFC 3720, B.4."""
+    assert crc32c(bytes(32)) == 0x8A9136AA
+    assert crc32c(bytes([255] * 32)) == 0x62A8AB43
+    assert crc32c(bytes(range(32))) == 0x46DD794E
+
+
 def test_tensorboard_events(tmp_path: Path) -> None:
+    found = report()
+    count = to_tensorboard(found, tmp_path / "events")
+    assert to_tensorboard(found, tmp_path / "events") == count
+    (path,) = (tmp_path / "events").iterdir()
+    events = read_events(path)
+    history = found.history()
+    assert count == sum(map(len, events.values())) > 20
+    assert events["search/best"] == [(row["id"], pytest.approx(row["best"])) for row in history]
+    assert events["search/value"] == [(row["id"], pytest.approx(row["value"])) for row in history if row["value"] is not None]
+    assert events["search/task/t1"] == [(row["id"], pytest.approx(row["tasks"]["t1"])) for row in history if row["tasks"]]
+
+
+def test_tensorboard_reads_them(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = report()
-    assert to_tensorboard(found, tmp_path) > 20
+    to_tensorboard(found, tmp_path)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    best = [event.value for event in events.Scalars("search/best")]
-    assert best == pytest.approx([row["best"] for row in found.history()])
-
-
-def test_tensorboard_is_asked_for_at_first_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any) -> Any:
-        if name.startswith("tensorboard"):
-            raise ImportError("no tensorboard")
-        return real(name, *rest)
-
-    found = report()
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match="this export needs TensorBoard: pip install tensorboard"):
-        to_tensorboard(found, tmp_path)
+    assert [event.value for event in events.Scalars("search/best")] == pytest.approx([row["best"] for row in found.history()])

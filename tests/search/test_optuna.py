@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,32 @@ def test_the_dashboard_reads_what_was_exported(tmp_path: Path) -> None:
     storage.engine.dispose()
     with pytest.raises(UserError, match="has a study 'modelglue' already"):
         to_optuna(report, path)
+
+
+def test_parameters_of_every_kind_are_exported_as_they_are(tmp_path: Path) -> None:
+    """Also where trials have other choices, or other parameters."""
+    report = run_study(settings(), SyntheticEvaluator(3, 2, 60), None)
+    params: list[dict[str, Any]] = [
+        {"method": "ties", "x": 0.25, "n": 3, "on": True, "mixed": "a"}, {"method": "linear", "x": -4.0, "on": False, "mixed": 0.5},
+        {"method": "ties", "w": [0.1, 0.9], "none": None},
+    ]  # fmt: skip
+    outcomes = [replace(one, proposal=replace(one.proposal, params=found)) for one, found in zip(report.outcomes, params, strict=False)]
+    to_optuna(replace(report, outcomes=outcomes), tmp_path / "o.db", "mine")
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'o.db'}")
+    trials = optuna.load_study(study_name="mine", storage=storage).trials
+    assert [trial.params for trial in trials] == [params[0], params[1], {"method": "ties", "w[0]": 0.1, "w[1]": 0.9}]
+    assert [trial.user_attrs["id"] for trial in trials] == [one.id for one in outcomes]
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def test_a_file_that_is_no_storage_is_left_alone(tmp_path: Path) -> None:
+    report = run_study(SearchSettings(members=("m0", "m1"), searcher={"name": "average"}), SyntheticEvaluator(2, 1, 10), None)  # type: ignore[arg-type]
+    (tmp_path / "o.db").write_text("these are my notes" * 100)
+    for path in (tmp_path / "o.db", tmp_path / "missing" / "o.db"):
+        with pytest.raises(UserError, match=r"cannot be used as a storage of Optuna .*Choose another file"):
+            to_optuna(report, path)
+    assert (tmp_path / "o.db").read_text() == "these are my notes" * 100
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

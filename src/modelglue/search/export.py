@@ -6,12 +6,17 @@ import csv
 import io
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modelglue.checkpoint import write_bytes_atomic
 from modelglue.errors import UserError
+from modelglue.search.event_file import event_file
 from modelglue.search.findings import SearchReport
+
+#: TensorBoard reads every file with "tfevents" in its name
+EVENTS = "events.out.tfevents.modelglue"
 
 
 def to_csv(report: SearchReport) -> str:
@@ -34,57 +39,61 @@ def to_csv(report: SearchReport) -> str:
 def to_optuna(report: SearchReport, path: str | Path, name: str = "modelglue") -> int:
     """Write a search as a study of an SQLite storage that Optuna's dashboard opens; returns the number of trials.
 
-    Pruned candidates are pruned trials with their bound, those without a score are failed. UserError without Optuna, or where the storage
-    has a study of this name.
+    Pruned candidates are pruned trials with their estimate, those without a score are failed. UserError without Optuna, where the storage
+    has a study of this name, and for a file that is no storage.
     """
     try:
         import optuna
+        from sqlalchemy.exc import SQLAlchemyError
     except ImportError as error:
         raise UserError(f'this export needs the extra "optuna": pip install "modelglue[optuna]" ({error}).') from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     states = optuna.trial.TrialState
     state = {"ok": states.COMPLETE, "pruned": states.PRUNED, "invalid": states.FAIL, "failed": states.FAIL}
-    storage = optuna.storages.RDBStorage(f"sqlite:///{Path(path).absolute()}")
+    params = [
+        {key: value for key, value in _flat(outcome.proposal.params).items() if isinstance(value, bool | int | float | str)}
+        for outcome in report.outcomes
+    ]
+    distributions = _distributions(optuna, params)
+    trials = [
+        optuna.trial.create_trial(
+            state=state[outcome.status],
+            value=outcome.value if math.isfinite(outcome.value) else None,
+            params=found,
+            distributions={key: distributions[key] for key in found},
+            user_attrs={"id": outcome.id, "tag": outcome.proposal.tag, **{f"task {task}": v for task, v in outcome.tasks.items()}},
+        )
+        for outcome, found in zip(report.outcomes, params, strict=True)
+    ]
+    storage = None
     try:
-        study = optuna.create_study(study_name=name, storage=storage, direction="maximize")
+        storage = optuna.storages.RDBStorage(f"sqlite:///{Path(path).absolute()}")
+        optuna.create_study(study_name=name, storage=storage, direction="maximize").add_trials(trials)
     except optuna.exceptions.DuplicatedStudyError as error:
         raise UserError(f"{path}: has a study '{name}' already. Choose another file.") from error
+    except SQLAlchemyError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be used as a storage of Optuna ({reason}). Choose another file.") from error
     finally:
-        storage.remove_session()
-    for outcome in report.outcomes:
-        params = {key: value for key, value in _flat(outcome.proposal.params).items() if isinstance(value, bool | int | float | str)}
-        distributions = {key: _distribution(optuna, value) for key, value in params.items()}
-        study.add_trial(
-            optuna.trial.create_trial(
-                state=state[outcome.status],
-                value=outcome.value if math.isfinite(outcome.value) else None,
-                params=params,
-                distributions=distributions,
-                user_attrs={"id": outcome.id, "tag": outcome.proposal.tag, **{f"task {task}": v for task, v in outcome.tasks.items()}},
-            )
-        )
-    storage.remove_session()
-    storage.engine.dispose()
-    return len(report.outcomes)
+        if storage is not None:
+            storage.remove_session()
+            storage.engine.dispose()
+    return len(trials)
 
 
 def to_tensorboard(report: SearchReport, folder: str | Path) -> int:
-    """Write the course of a search as TensorBoard events (value, best and tasks over candidates); returns the number of points."""
-    try:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-    except ImportError as error:
-        raise UserError(f"this export needs TensorBoard: pip install tensorboard ({error}).") from error
-    writer = EventFileWriter(str(folder))
-    count = 0
+    """Write the course of a search for TensorBoard (value, best, items and tasks over candidates); returns the number of points.
+
+    One file in `folder`, which another export replaces.
+    """
+    points = []
     for row in report.history():
-        points = {"value": row["value"], "best": row["best"], "items": row["items"], **{f"task/{k}": v for k, v in row["tasks"].items()}}
-        values = [Summary.Value(tag=f"search/{tag}", simple_value=value) for tag, value in points.items() if value is not None]
-        writer.add_event(Event(wall_time=time.time(), step=row["id"], summary=Summary(value=values)))
-        count += len(values)
-    writer.close()
-    return count
+        values = {"value": row["value"], "best": row["best"], "items": row["items"], **{f"task/{k}": v for k, v in row["tasks"].items()}}
+        points.append((row["id"], {f"search/{tag}": float(value) for tag, value in values.items() if value is not None}))
+    place = Path(folder) / EVENTS
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(place, event_file(points, time.time()))
+    return sum(len(values) for _, values in points)
 
 
 def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,9 +105,16 @@ def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _distribution(optuna: Any, value: Any) -> Any:
-    """Wide enough for what was tried: an export says what happened, not what could have."""
-    if isinstance(value, bool | str):
-        return optuna.distributions.CategoricalDistribution([value] if isinstance(value, str) else [False, True])
-    width = max(1.0, 2 * abs(float(value)))
-    return optuna.distributions.FloatDistribution(-width, width)
+def _distributions(optuna: Any, params: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """As wide as what was tried, and the same for all trials: an export says what happened, not what could have."""
+    tried: dict[str, list[Any]] = {}
+    for one in params:
+        for key, value in one.items():
+            tried.setdefault(key, []).append(value)
+    found = {}
+    for key, values in tried.items():
+        if any(isinstance(value, bool | str) for value in values):
+            found[key] = optuna.distributions.CategoricalDistribution(list(dict.fromkeys(values)))
+        else:
+            found[key] = optuna.distributions.FloatDistribution(min(map(float, values)), max(map(float, values)))
+    return found
