@@ -14,7 +14,7 @@ from modelglue.checkpoint.protocol import Checkpoint
 from modelglue.errors import CheckpointError, UserError, did_you_mean
 
 #: keys of recipes under which a reference stands as text
-REFERENCE_KEYS = ("model", "base", "base_model", "source_model")
+REFERENCE_KEYS = ("model", "base", "base_model", "source_model", "shared", "merged", "encoder")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 

@@ -47,11 +47,14 @@ def join(
     *,
     merged: Checkpoint | None = None,
     description: Mapping[str, Any] | None = None,
+    donors: Sequence[Checkpoint] = (),
 ) -> Checkpoint:
     """The mixture as a checkpoint that `save` writes and `load_live` runs; reading a tensor costs what its source costs.
 
     `shared` gives embedding, final norm, head, config and tokenizer, at the level ffn also attention and norms; `merged` the lowest
     `merged_layers` layers (default: shared). `gates`: for every layer that decides (`deciding_layers`) a gate that reads its states.
+    `donors` are models that the gates were made with.
+
     Raises UserError for experts that do not allow the level (with the level that would work), for top_k above their number, and
     CheckpointError for parts that do not fit the model class.
     """
@@ -72,7 +75,7 @@ def join(
     parts = [_shared_part(base, lower, spec), *_expert_parts(own, base, spec), _routers(gates, base, spec)]
     joined = JoinedCheckpoint(
         [("", part) for part in parts if part.names()], _config(own, base, gates, spec), description,
-        files={**shared.files, **_code(base)}, donors=[shared, *experts.values()],
+        files={**shared.files, **_code(base)}, donors=[shared, *experts.values(), *donors],
     )  # fmt: skip
     check_fit(joined)
     return joined

@@ -188,7 +188,7 @@ def _inside(
             if recipe.export == "standard":
                 raise RecipeError(document.fault(("export",), f"no class of transformers holds this mixture: {error}")) from error
             why = (f"with modelling code of its own: {error}",)
-    return join(opened, shared, gates, spec, merged=merged, description=description), why, warnings
+    return join(opened, shared, gates, spec, merged=merged, description=description, donors=[encoder]), why, warnings
 
 
 def _warnings(gates: Mapping[int, Any], mode: str, layers: int) -> list[str]:
