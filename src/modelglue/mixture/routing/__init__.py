@@ -1,7 +1,29 @@
 """Routers that learn: from the scores of every expert, or by gradients through a mixture."""
 
 from modelglue.mixture.routing.fit import Fit, Frame, fit_gate, temperature_of
+from modelglue.mixture.routing.gradient import Gated, GateTraining, Gating, balance_term, schedule, train_gates
 from modelglue.mixture.routing.learn import LearnedRouter, learn_router
 from modelglue.mixture.routing.scored import ScoredItem, ScoredItems
+from modelglue.mixture.routing.texts import GatedModel, Row, gates_of, read_rows, rows_of
 
-__all__ = ["Fit", "Frame", "LearnedRouter", "ScoredItem", "ScoredItems", "fit_gate", "learn_router", "temperature_of"]
+__all__ = [
+    "Fit",
+    "Frame",
+    "GateTraining",
+    "Gated",
+    "GatedModel",
+    "Gating",
+    "LearnedRouter",
+    "Row",
+    "ScoredItem",
+    "ScoredItems",
+    "balance_term",
+    "fit_gate",
+    "gates_of",
+    "learn_router",
+    "read_rows",
+    "rows_of",
+    "schedule",
+    "temperature_of",
+    "train_gates",
+]
