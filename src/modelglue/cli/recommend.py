@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from modelglue.zoo.measure import Measured
+
+#: keys that only a search file (or another tool's) has; anything else is read as a zoo or glue file
+_OF_SEARCHES = {"searcher", "space", "budget", "fitness", "members", "objective", "genome", "pop_size"}
 
 
 def recommend(
@@ -19,7 +25,7 @@ def recommend(
     Parameters
     ----------
     zoo
-        A zoo file, glue file or search file's zoo.
+        A zoo file, glue file or search file; also a plan of mergekit-evolve or a configuration of mergenetic.
     base
         Common base of the models. Default: the zoo's.
     json
@@ -27,24 +33,10 @@ def recommend(
     quiet
         Print no progress and no warnings.
     """
-    from modelglue.checkpoint import open_checkpoint
     from modelglue.cli.console import print_json, print_table, print_warnings, stderr, stdout
-    from modelglue.recipe import load_document
-    from modelglue.zoo import read_zoo
-    from modelglue.zoo.measure import measure
     from modelglue.zoo.recommend import recommendations
 
-    found = read_zoo(zoo)
-    folder = zoo.resolve().parent
-    tasks = (load_document(zoo).value or {}).get("tasks")
-    origin = base if base is not None else found.base
-    models = {model.alias: open_checkpoint(model.reference, relative_to=folder) for model in found.models}
-    home = None if base is None else Path()
-    opened = None if origin is None else open_checkpoint(origin, relative_to=home or folder)
-    measured = measure(
-        models, opened, adapters=[model.alias for model in found.models if model.adapter or "+" in model.id],
-        proxy=bool(isinstance(tasks, dict) and tasks.get("proxy")), domains=[list(model.domain) for model in found.models],
-    )  # fmt: skip
+    measured = _measured(zoo, base)
     advice = recommendations(measured)
     if json:
         print_json({"measured": measured.to_json(), "recommendations": [one.to_json() for one in advice]})
@@ -65,3 +57,32 @@ def recommend(
     for one in advice:
         table.add_row(colour[one.verdict], escape(one.method), escape(one.why))
     print_table(console, table)
+
+
+def _measured(path: Path, base: str | None) -> Measured:
+    """What the file names, opened and measured; a base given on the command line is seen from the working folder."""
+    from modelglue.checkpoint import open_checkpoint
+    from modelglue.recipe import load_document
+    from modelglue.zoo import read_zoo
+    from modelglue.zoo.measure import measure
+
+    folder = path.resolve().parent
+    content: Any = load_document(path).value
+    keys = set(content) if isinstance(content, dict) else set()
+    given = None if base is None else open_checkpoint(base, relative_to=Path())
+    if keys & _OF_SEARCHES or ("zoo" in keys and isinstance(content["zoo"], str)):
+        from modelglue.studies import read_search
+        from modelglue.studies.bench import open_zoo
+
+        opened, members, origin = open_zoo(read_search(path).file, folder)
+        start = given if given is not None else None if origin is None else opened[origin]
+        return measure({alias: opened[alias] for alias in members}, start, proxy=True)
+    found = read_zoo(path)
+    tasks = content.get("tasks")
+    models = {model.alias: open_checkpoint(model.reference, relative_to=folder) for model in found.models}
+    origins = {model.reference.rpartition("+")[0] for model in found.models}
+    origin = found.base or (origins.pop() if len(origins) == 1 else None)  # adapters of one base name it themselves
+    if given is None and origin:
+        given = open_checkpoint(origin, relative_to=folder)
+    proxy = bool(isinstance(tasks, dict) and tasks.get("proxy"))
+    return measure(models, given, proxy=proxy, domains=[list(model.domain) for model in found.models])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from modelglue.checkpoint import FLOATING, Checkpoint
+from modelglue.checkpoint.adapted import AdaptedCheckpoint
+from modelglue.checkpoint.adapter import Factors
 from modelglue.errors import CheckpointError, UserError
 from modelglue.settings import BLOCK_ELEMENTS
 from modelglue.zoo.signature import groups, signature
@@ -38,6 +40,17 @@ class Measured:
     agreement: float | None
     """Mean over pairs: share of entries, of those that both changed, that they changed in the same direction."""
     warnings: tuple[str, ...] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Largest rank of every adapter."""
+    same_targets: bool = True
+    """Whether all adapters change the same tensors."""
+    domains: tuple[str, ...] = ()
+    """All domains that models are tagged with."""
+
+    @property
+    def all_adapters(self) -> bool:
+        """Whether every model is an adapter on its base."""
+        return set(self.models) <= set(self.adapters)
 
     def to_json(self) -> dict[str, Any]:
         return {name: dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value
@@ -47,6 +60,9 @@ class Measured:
         """The measurements, a line each."""
         lines = [f"{len(self.models)} models{', with a base' if self.has_base else ', without a base'}; "
                  f"{100 * self.sampled:.0f} % of the common weights were read"]  # fmt: skip
+        if self.ranks:
+            listed = ", ".join(f"{name} rank {rank}" for name, rank in self.ranks.items())
+            lines.append(f"adapters: {listed}{'' if self.same_targets else '; they change different tensors'}")
         if self.cosine is not None:
             lines.append(f"weights: mean cosine {self.cosine:.4f} over pairs")
         if self.change:
@@ -59,7 +75,7 @@ class Measured:
 
 
 def measure(
-    models: Mapping[str, Checkpoint], base: Checkpoint | None, *, adapters: Sequence[str] = (), proxy: bool = False,
+    models: Mapping[str, Checkpoint], base: Checkpoint | None, *, proxy: bool = False,
     domains: Sequence[Sequence[str]] = (), most: int = BLOCK_ELEMENTS,
 ) -> Measured:  # fmt: skip
     """Measure the first `most` elements of every floating-point tensor that all have in one shape, in one pass, in float64.
@@ -70,7 +86,10 @@ def measure(
     if not models:
         raise UserError("the zoo has no models.")
     models, strangers = _largest_group(models)
+    tags = tuple(dict.fromkeys(tag for one in domains for tag in one))
     domains = [] if strangers else domains
+    adapted = {alias: model for alias, model in models.items() if isinstance(model, AdaptedCheckpoint)}
+    changed = {alias: {name: factors for name in model.names() if (factors := model.factors(name))} for alias, model in adapted.items()}
     everybody = [*models.values(), *([base] if base is not None else [])]
     common = [name for name in sorted(set.intersection(*(set(one.names()) for one in everybody))) if _alike(everybody, name)]
     left = len(set().union(*(one.names() for one in everybody))) - len(common)
@@ -109,14 +128,19 @@ def measure(
     if base is not None:
         warnings += [f"{alias}: is identical to the base." for number, alias in enumerate(models) if number not in moving]
     return Measured(
-        models=tuple(models), has_base=base is not None, adapters=tuple(adapters), proxy=proxy,
+        models=tuple(models), has_base=base is not None, adapters=tuple(adapted), proxy=proxy,
         distinct_domains=len(domains) == count > 1 and all(domains) and sum(map(len, domains)) == len({tag for d in domains for tag in d}),
         parameters=max(sum(one.info(name).numel for name in one.names()) for one in models.values()), sampled=read / total,
         cosine=_mean(_cosines(products), pairs), kinship=None if base is None else _mean(_cosines(changes), pairs),
         change={alias: float(lengths[number] / np.sqrt(origin)) for number, alias in enumerate(models)} if origin else {},
         agreement=None if base is None else _mean(np.divide(same, both, out=np.full_like(same, np.nan), where=both > 0), pairs),
-        warnings=tuple(warnings),
+        warnings=tuple(warnings), ranks={alias: _rank(found) for alias, found in changed.items()},
+        same_targets=len({frozenset(found) for found in changed.values()}) < 2, domains=tags,
     )  # fmt: skip
+
+
+def _rank(changed: Mapping[str, Sequence[Factors]]) -> int:
+    return max((one.A.shape[0] for factors in changed.values() for one in factors), default=0)
 
 
 def _largest_group(models: Mapping[str, Checkpoint]) -> tuple[dict[str, Checkpoint], list[str]]:

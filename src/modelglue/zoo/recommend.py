@@ -15,6 +15,8 @@ LARGE_CHANGE = 0.2
 KIN, STRANGERS = 0.5, 0.15
 #: so many models crowd each other out
 MANY = 8
+#: domains whose loss is not seen in scores of skills
+SAFETY = frozenset({"safety", "alignment", "harmlessness", "refusal", "toxicity"})
 #: parameters from which the choice of the method matters little
 BIG = 20_000_000_000
 
@@ -62,20 +64,41 @@ def recommendations(zoo: Measured) -> list[Recommendation]:
         say("try", "slerp, linear", "large changes are better interpolated than added to the base.")
     if count > MANY:
         say("avoid", "sums of all task vectors", f"{count} models crowd each other out: what each can do falls with their number. Choose "
-            "members by search, or join them with `modelglue glue`.")  # fmt: skip
+            "members by search, prefer children of a stronger (instruction-tuned) base, or join them with `modelglue glue`.")  # fmt: skip
+    if safety := sorted(set(zoo.domains) & SAFETY):
+        say("try", "linear or task_arithmetic, the safety model as a member", f"there is a model for {', '.join(safety)}: merging models "
+            "of one objective each loses less of it than training on mixed data; measure refusals after the merge, too.")  # fmt: skip
     if zoo.adapters:
-        say("try", "merge-adapters", f"{len(zoo.adapters)} models are adapters: combined as products of their factors they stay small; "
-            "adding factors separately is not the sum of the adapters.")  # fmt: skip
+        _on_adapters(zoo, say)
     if zoo.distinct_domains:
         say("try", "glue (a mixture)", "every model has a domain of its own: if requests can be told apart and all weights may be kept, "
             "routing loses less than any static merge.")  # fmt: skip
     if zoo.cosine is not None and zoo.cosine < 0.9:
         say("avoid", "any merge of all models", f"their weights have a mean cosine of {zoo.cosine:.2f}: models of different origin. See "
             "`modelglue similarity` for families that may be merged.")  # fmt: skip
-    say("reference", "linear (plain average), every member, the base", "the least that a merge has to beat; report its gain over the best "
+    origin = ", the base" if zoo.has_base else ""
+    say("reference", f"linear (plain average), every member{origin}", "the least that a merge has to beat; report its gain over the best "
         "member, on items that chose nothing.")  # fmt: skip
     order: tuple[Verdict, ...] = ("first", "try", "reference", "avoid")
     return sorted(found, key=lambda one: order.index(one.verdict))
+
+
+def _on_adapters(zoo: Measured, say: Any) -> None:
+    """Low-rank changes."""
+    count = len(zoo.adapters)
+    if not zoo.all_adapters:
+        say("try", "any method over base+adapter", f"{count} of {len(zoo.models)} models are adapters: they are folded into their base "
+            "when they are read, so every method takes them beside whole models, and the result is a whole model.")  # fmt: skip
+        say("try", "extract-lora, then merge-adapters", "the other models can be made adapters, where a small result counts more than an "
+            "exact one.")  # fmt: skip
+        return
+    say("try", "merge-adapters --mode cat, or svd", f"all {count} models are adapters: joined along their rank (cat) the result is exactly "
+        f"the weighted sum and has rank {sum(zoo.ranks.values())}; svd makes the nearest one of a smaller rank.")  # fmt: skip
+    ranks = sorted(set(zoo.ranks.values()))
+    why = "they combine the factors A and B for themselves, and the product of the sums is not the sum of the products."
+    if len(ranks) > 1:
+        why = f"ranks differ ({', '.join(map(str, ranks))}): modes that combine the factors themselves need adapters of one rank."
+    say("avoid", "merge-adapters --mode linear, ties, dare_*", why)
 
 
 def _on_task_vectors(zoo: Measured, say: Any) -> None:
