@@ -172,7 +172,7 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("place", ["url", "narrow"])
 def test_32_streams_at_once_and_one_killed_client_disturbs_nobody(place: str, folder: Path, request: pytest.FixtureRequest) -> None:
-    """Every stream is what it would be alone, though all join and leave the batches of two experts that may have to take turns in memory."""
+    """Every stream is what it would be alone, whoever joins and leaves the batches of experts that may have to take turns."""
     url = request.getfixturevalue(place)
     texts = [f"{TEXTS[number % len(TEXTS)]} {number}" for number in range(32)]
     first = threading.Event()

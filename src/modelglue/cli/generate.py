@@ -61,7 +61,7 @@ def generate(
     residency
         Which experts of a mixture are in memory: lazy (those that were needed), all, or lru:N (the N that were used last).
     dtype
-        float32, or stored: compute in the dtype of the files, which are mapped and not copied.
+        Compute in float32, or as stored: in the dtype of the files, which are then mapped and not copied.
     json
         Print a list with prompt, text, expert, weight and logits of every answer.
     quiet

@@ -48,7 +48,7 @@ def serve(
     residency
         Which experts of a mixture are in memory: lazy (those that were needed), all, or lru:N (the N that were used last).
     dtype
-        float32, or stored: compute in the dtype of the files, which are mapped and not copied.
+        Compute in float32, or as stored: in the dtype of the files, which are then mapped and not copied.
     max_tokens
         Tokens that one choice may have at most.
     max_body

@@ -231,13 +231,14 @@ class Engine:
             while lane.waiting and lane.waiting[0].number < before and lane.waiting[0].job.choices <= room:
                 ticket = lane.waiting.popleft()
                 self._forget(1)
+                lane.running.append(ticket)  # first of all: whatever happens now, it is known to be here
                 if self._begin(lane.writer, ticket):
                     new.append(ticket)
                     room -= len(ticket.rows)
-            lane.running += new
             lane.batch.tick([row for ticket in new for row in ticket.rows], dropped)
         for ticket in lane.running:
-            self._tell(ticket)
+            if not ticket.over:
+                self._tell(ticket)
         lane.running = [ticket for ticket in lane.running if not ticket.over]
 
     def _begin(self, writer: Writer, ticket: _Ticket) -> bool:
