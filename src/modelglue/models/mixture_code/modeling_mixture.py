@@ -416,6 +416,7 @@ class Mixture:
         cache, wanted = kwargs.get(name), kwargs.get("use_cache")
         if cache is None:
             if wanted is False or (wanted is None and not self.config.use_cache) or self.training:
+                kwargs["use_cache"] = False
                 return None
             cache = kwargs[name] = DynamicCache(config=self.config)
         count = self.config.get_text_config().num_hidden_layers
