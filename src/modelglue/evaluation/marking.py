@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from modelglue.errors import UserError
 from modelglue.evaluation.items import Item, Reply
+
+#: answers to one item whose marks are remembered
+_REMEMBERED = 32
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class HarnessMarker:
     instances: tuple[Any, ...]
     metric: str
     golds: tuple[int, ...] = ()
+    _known: dict[tuple[Reply, ...], float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def gives_loss(self) -> bool:
@@ -33,31 +37,48 @@ class HarnessMarker:
 
     def mark(self, item: Item, replies: Sequence[Reply]) -> tuple[float, float | None]:
         """The metric's value, and the negative log likelihood (nats) of the right answer, of the likeliest where there are several."""
-        where = f"task '{self.task.task_name}'"
+        texts = tuple(replies) if all(isinstance(reply, str) for reply in replies) else None
+        if texts is not None and texts in self._known:  # candidates that resemble each other mostly write the same
+            return self._known[texts], None
         try:
             found = self._results(replies)
         except Exception as error:  # filters and metrics may be anybody's code
-            raise UserError(f"{where}: its metric fails on item {item.id}: {error!r}. Mend the task.") from error
+            raise UserError(f"{self._where}: its metric fails on item {item.id}: {error!r}. Mend the task.") from error
         if self.metric not in found:
-            raise UserError(f"{where}: gives no '{self.metric}', but {', '.join(found)}. Name one as TASK:METRIC in the task list.")
+            raise UserError(f"{self._where}: gives no '{self.metric}', but {', '.join(found)}. Name one as TASK:METRIC in the task list.")
         value = found[self.metric]
         number = float(value) if isinstance(value, int | float | np.number | np.bool_) else math.nan
         if not 0 <= number <= 1:
             raise UserError(
-                f"{where}: its metric '{self.metric}' gives {value!r} for item {item.id}; "
+                f"{self._where}: its metric '{self.metric}' gives {value!r} for item {item.id}; "
                 "allowed is a number from 0 to 1 per item. Choose another metric as TASK:METRIC."
             )
+        if texts is not None:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[texts] = number
         losses = [-reply[0] for reply in (replies[gold] for gold in self.golds) if isinstance(reply, tuple)]
         return number, min(losses, default=None)
 
+    @property
+    def _where(self) -> str:
+        return f"task '{self.task.task_name}'"
+
     def _results(self, replies: Sequence[Reply]) -> Mapping[str, Any]:
         """All metrics of the task for one item, by the harness: filters first."""
-        instances = [
-            dataclasses.replace(instance, resps=[reply], filtered_resps={}) for instance, reply in zip(self.instances, replies, strict=True)
-        ]
         pipeline = self.task._filters[0]
-        pipeline.apply(instances)
-        found: Mapping[str, Any] = self.task.process_results(
-            instances[0].doc, [instance.filtered_resps[pipeline.name] for instance in instances]
-        )
+        filtered = list(replies)
+        if not _takes_first(pipeline):
+            pairs = zip(self.instances, replies, strict=True)
+            instances = [dataclasses.replace(instance, resps=[reply], filtered_resps={}) for instance, reply in pairs]
+            pipeline.apply(instances)
+            filtered = [instance.filtered_resps[pipeline.name] for instance in instances]
+        found: Mapping[str, Any] = self.task.process_results(self.instances[0].doc, filtered)
         return found
+
+
+def _takes_first(pipeline: Any) -> bool:
+    """Whether the filters take the first reply to each request, of which there is one, and do nothing else."""
+    from lm_eval.filters.selection import TakeFirstFilter
+
+    return all(getattr(made, "func", made) is TakeFirstFilter and not getattr(made, "keywords", None) for made in pipeline.filters)

@@ -39,9 +39,15 @@ class Past:
         """These rows, in this order, some perhaps several times; the past that they are taken from can still be used."""
         import torch
 
-        chosen = torch.tensor(places, device=self.mask.device)
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]  # layers replace their tensors, they never write into them
+        if list(places) == list(range(len(self.mask))):
+            return Past(cache, self.mask, self.padded)
+        if len(self.mask) == 1 and all(getattr(layer, "is_initialized", False) for layer in cache.layers):
+            for layer in cache.layers:  # one row many times needs no copies
+                layer.keys, layer.values = (part.expand(len(places), *part.shape[1:]) for part in (layer.keys, layer.values))
+            return Past(cache, self.mask.expand(len(places), -1), self.padded)
+        chosen = torch.tensor(places, device=self.mask.device)
         cache.batch_select_indices(chosen)
         return Past(cache, self.mask[chosen], self.padded)
 
@@ -91,8 +97,9 @@ class CachedModel:
         width = max(len(piece) for piece in pieces)
         device = self._model.device
         ids = torch.tensor([[self._pad] * (width - len(piece)) + list(piece) for piece in pieces], device=device)
-        mask = torch.tensor([[0] * (width - len(piece)) + [1] * len(piece) for piece in pieces], device=device)
-        padded = min(len(piece) for piece in pieces) < width
+        pads = [width - len(piece) for piece in pieces]
+        padded = max(pads) > 0
+        mask = (torch.arange(width, device=device) >= torch.tensor(pads, device=device)[:, None]).long() if padded else torch.ones_like(ids)
         return self._call(ids, mask, past, keep, padded=padded, prompts=prompts and past is None)
 
     def step(self, ids: torch.Tensor, past: Past) -> tuple[torch.Tensor, Past]:

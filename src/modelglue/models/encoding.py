@@ -22,6 +22,7 @@ class TextEncoder:
         self.limit = limit
         self._vocabulary = vocabulary
         self._known: dict[str, list[int]] = {}
+        self._rows: dict[tuple[str, str], tuple[list[Row], bool]] = {}
         # What an empty context is: the beginning-of-sequence id, else the end-of-text id, and (where there is neither) id 0.
         first = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
         self.first = int(first[0]) if first else 0
@@ -40,25 +41,33 @@ class TextEncoder:
         return rows, [min(max_new_tokens, self.limit - len(row)) for row in rows]
 
     def rows(self, pairs: Sequence[tuple[str, str]]) -> list[list[Row]]:
-        """One row for each pair; of a text without a context that the model cannot read at once, several, each of which scores a part."""
-        kept = [context.rstrip() for context, _ in pairs]
-        whole = [context + continuation for context, continuation in pairs]
-        texts = list(dict.fromkeys(kept + whole))
-        encoded = dict(zip(texts, self.encode(texts), strict=True))
-        rows = []
-        for context, text in zip(kept, whole, strict=True):
-            ids = encoded[text]
-            start = common_length(ids, encoded[context]) if context else 0
-            if start == 0:
-                ids = ids if ids[:1] == [self.first] else [self.first, *ids]
-                start = 1
-            over = max(len(ids) - self.limit - 1, 0)  # the last id is only predicted
-            if over and not context:
-                rows.append(list(self._windows(ids)))
-                continue
-            self.truncated += over > 0
-            rows.append([Row(ids[over:], max(start - over, 1))])
-        return rows
+        """One row for each pair; of a text without a context that the model cannot read at once, several, each of which scores a part.
+
+        Pairs are remembered as texts are.
+        """
+        if new := [pair for pair in dict.fromkeys(pairs) if pair not in self._rows]:
+            if len(self._rows) + len(new) > _REMEMBERED:
+                self._rows.clear()
+                new = list(dict.fromkeys(pairs))
+            kept = [context.rstrip() for context, _ in new]
+            whole = [context + continuation for context, continuation in new]
+            texts = list(dict.fromkeys(kept + whole))
+            encoded = dict(zip(texts, self.encode(texts), strict=True))
+            self._rows |= {pair: self._row(encoded[text], encoded[left], left) for pair, left, text in zip(new, kept, whole, strict=True)}
+        found = [self._rows[pair] for pair in pairs]
+        self.truncated += sum(cut for _, cut in found)
+        return [rows for rows, _ in found]
+
+    def _row(self, ids: list[int], before: list[int], context: str) -> tuple[list[Row], bool]:
+        """The rows of one pair, and whether its context was cut."""
+        start = common_length(ids, before) if context else 0
+        if start == 0:
+            ids = ids if ids[:1] == [self.first] else [self.first, *ids]
+            start = 1
+        over = max(len(ids) - self.limit - 1, 0)  # the last id is only predicted
+        if over and not context:
+            return list(self._windows(ids)), False
+        return [Row(ids[over:], max(start - over, 1))], over > 0
 
     def _windows(self, ids: list[int]) -> Iterator[Row]:
         """Parts of a text after its first id. From the second on each has half of the model's positions before it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,10 @@ from modelglue.models.cached import CachedModel, Past
 
 #: rows that have ended are taken out of a running batch when they are at least this share of it
 _ENDED_SHARE = 0.25
+#: ids of a text that is remembered, and how many such texts are
+_SHORT = 32
+_REMEMBERED = 2**15
+_TEXTS: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], str]] = weakref.WeakKeyDictionary()
 
 
 class Stops:
@@ -17,7 +22,8 @@ class Stops:
     def __init__(self, tokenizer: Any, until: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._until = [stop for stop in until if stop]
-        self._pieces: dict[int, str] = {}
+        self._ending: dict[int, bool] = {}  # ids in whose text a stop string may end
+        self._stopped: dict[tuple[int, ...], str] = {}  # texts that hold a stop string, until they are asked for
         # Decoders make up blanks and join bytes to other than ASCII characters; all else in a text stands in the text of one of its ids.
         self._findable = all(stop[-1].isascii() and stop[-1] != " " for stop in self._until)
         self._findable &= not getattr(tokenizer, "clean_up_tokenization_spaces", False)
@@ -30,21 +36,39 @@ class Stops:
         if not self._until or (self._findable and not self._may_end(ids[-1])):
             return False
         text = decode(self._tokenizer, ids)
-        return any(stop in text for stop in self._until)
+        if not any(stop in text for stop in self._until):
+            return False
+        self._stopped[tuple(ids)] = text
+        return True
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of `ids` before the first stop string."""
+        text = self._stopped.pop(tuple(ids), None)
+        return self.cut(decode(self._tokenizer, ids) if text is None else text)
 
     def cut(self, text: str) -> str:
         """The text before the first stop string."""
         return text[: min((text.index(stop) for stop in self._until if stop in text), default=len(text))]
 
     def _may_end(self, token: int) -> bool:
-        if token not in self._pieces:
-            self._pieces[token] = decode(self._tokenizer, [token])
-        return any(stop[-1] in self._pieces[token] for stop in self._until)
+        if token not in self._ending:
+            piece = decode(self._tokenizer, [token])
+            self._ending[token] = any(stop[-1] in piece for stop in self._until)
+        return self._ending[token]
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of ids, without special tokens."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
+    """The text of ids, without special tokens. Short texts are remembered: models that resemble each other mostly write the same."""
+    known = _TEXTS.setdefault(tokenizer, {})
+    key = tuple(ids)
+    text = known.get(key)
+    if text is None:
+        text = str(tokenizer.decode(ids, skip_special_tokens=True))
+        if len(key) <= _SHORT:
+            if len(known) >= _REMEMBERED:
+                known.clear()
+            known[key] = text
+    return text
 
 
 def continue_rows(

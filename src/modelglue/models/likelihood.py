@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from modelglue.models.cached import BATCH_POSITIONS, CachedModel, Past
+from modelglue.models.cached import BATCH_POSITIONS, MAX_ROWS, CachedModel, Past
 
 if TYPE_CHECKING:
     import torch
@@ -68,9 +68,27 @@ def _score(
         before = None if past is None else past.rows([0] * len(chosen))
         logits, after = reader.read([stem.ids[shared:] for stem in chosen], before, keep=_longest(heads), prompts=prompts)
         tally.add(logits, heads)
-        tails = [(number, place) for number, place, head in heads if rows[place].start + len(head) < len(rows[place].ids)]
-        for part in reader.batches([len(rows[place].ids) for _, place in tails], positions):
-            _score_tails(reader, [tails[i] for i in part], rows, after, tally)
+        ahead = {place: rows[place].start + len(head) for _, place, head in heads}
+        for tails in _together(chosen, [{place for place in stem.places if ahead[place] < len(rows[place].ids)} for stem in chosen]):
+            for part in reader.batches([len(rows[place].ids) for _, place in tails], positions):
+                _score_tails(reader, [tails[i] for i in part], rows, after, tally)
+
+
+def _together(stems: Sequence[_Stem], open_: Sequence[set[int]]) -> Iterator[list[tuple[int, int]]]:
+    """(number of the stem, place) of the continuations that are to be read on, as many at a time as a batch takes.
+
+    The first ones of all stems, then the second ones: where a batch is one of each stem, nothing that was read has to be copied for it.
+    """
+    group: list[tuple[int, int]] = []
+    for rank in range(max((len(stem.places) for stem in stems), default=0)):
+        ranked = [(number, stem.places[rank]) for number, stem in enumerate(stems) if rank < len(stem.places)]
+        ranked = [(number, place) for number, place in ranked if place in open_[number]]
+        if group and len(group) + len(ranked) > MAX_ROWS:
+            yield group
+            group = []
+        group += ranked
+    if group:
+        yield group
 
 
 def _score_tails(reader: CachedModel, tails: Sequence[tuple[int, int]], rows: Sequence[Row], past: Past, tally: _Tally) -> None:
@@ -92,17 +110,20 @@ class _Tally:
         """Count (row of the batch, place, ids) in: the logits [B, K, V] at the last positions predict the ids."""
         import torch
 
-        cells = [(row, i - len(ids), target, place) for row, place, ids in targets for i, target in enumerate(ids)]
+        width = logits.shape[1]
+        places = [place for _, place, ids in targets for _ in ids]
+        where = torch.tensor([row * width + width - i for row, _, ids in targets for i in range(len(ids), 0, -1)], device=logits.device)
+        wanted = torch.tensor([target for _, _, ids in targets for target in ids], device=logits.device)
+        flat = logits.flatten(0, 1)
         step = max(_SCORED_ELEMENTS // logits.shape[-1], 1)
-        for start in range(0, len(cells), step):
-            part = cells[start : start + step]
-            row, position, target = torch.tensor([cell[:3] for cell in part], device=logits.device).T
-            scored = logits[row, position].float().log_softmax(dim=-1)  # [cells, V]
+        for start in range(0, len(places), step):
+            target = wanted[start : start + step]
+            scored = flat[where[start : start + step]].float().log_softmax(dim=-1)  # [cells, V]
             values = scored.gather(1, target[:, None])[:, 0].tolist()
             best = (scored.argmax(dim=-1) == target).tolist()
-            for cell, value, is_best in zip(part, values, best, strict=True):
-                self.totals[cell[3]] += value
-                self.greedy[cell[3]] &= is_best
+            for place, value, is_best in zip(places[start : start + step], values, best, strict=True):
+                self.totals[place] += value
+                self.greedy[place] &= is_best
 
 
 def _stems(rows: Sequence[Row], *, share: bool, apart: bool = False) -> list[_Stem]:

@@ -13,7 +13,7 @@ from modelglue.errors import CheckpointError
 from modelglue.models.cached import CachedModel
 from modelglue.models.encoding import TextEncoder
 from modelglue.models.forward import inference
-from modelglue.models.greedy import Stops, continue_rows, decode
+from modelglue.models.greedy import Stops, continue_rows
 from modelglue.models.likelihood import score_rows
 
 
@@ -83,7 +83,7 @@ class LiveTextModel:
             self.tokens = [sum(len(row.ids) for row in part) for part in windows]
             found = iter(score_rows(self._reader, rows, self._vocabulary))
             scored = [[next(found) for _ in part] for part in windows]
-        return [(sum(value for value, _ in part), all(greedy for _, greedy in part)) for part in scored]
+        return [part[0] if len(part) == 1 else (sum(value for value, _ in part), all(greedy for _, greedy in part)) for part in scored]
 
     def generate(self, prompts: Sequence[str], *, until: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy, with the model's cache; a row stops at an end-of-text id or when its decoded text holds a stop string.
@@ -97,6 +97,6 @@ class LiveTextModel:
         stops = Stops(self.tokenizer, until)
         with inference(self.model):
             for place, ids, sound in continue_rows(self._reader, rows, steps, self.ends(until), stops):
-                texts[place] = stops.cut(decode(self.tokenizer, ids)) if sound else Unanswered()
+                texts[place] = stops.text(ids) if sound else Unanswered()
                 self.tokens[place] = len(rows[place]) + len(ids)
         return texts
