@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelglue import __version__
-from modelglue.checkpoint import TensorsCheckpoint, json_bytes, plan_output, staged
+from modelglue.checkpoint import TensorsCheckpoint, json_bytes, staged, write_tensor_file
 from modelglue.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     import torch
-
-_STEP = 2**24
 
 
 def adapter_config(
@@ -61,19 +59,10 @@ def write_adapter(
 
 def fill_folder(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], made_from: Sequence[str]) -> int:
     """The files of an adapter in `folder`; the config, without which it is no adapter, is the last. Memory: a step of the tensors."""
-    import torch
-
-    source = TensorsCheckpoint(tensors)
-    (shard,) = plan_output(source, shard_bytes=2**62).shards
-    with (folder / WEIGHTS_FILE).open("wb") as stream:
-        stream.write(shard.header)
-        for name in sorted(shard.offsets, key=shard.offsets.__getitem__):
-            numel = source.info(name).numel
-            for start in range(0, numel, _STEP):
-                stream.write(source.read(name, start, min(start + _STEP, numel)).view(torch.uint8).numpy().data)
+    size = write_tensor_file(TensorsCheckpoint(tensors), folder / WEIGHTS_FILE)
     (folder / "README.md").write_text(_card(config, made_from), encoding="utf-8")
     (folder / CONFIG_FILE).write_bytes(json_bytes(dict(config)))
-    return shard.size
+    return size
 
 
 def _card(config: Mapping[str, Any], made_from: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from modelglue.checkpoint.formats.folder import DiskCheckpoint, SafetensorsCheck
 from modelglue.checkpoint.formats.pickled import PickledCheckpoint
 from modelglue.checkpoint.formats.quantised import quantisation_of
 from modelglue.checkpoint.merged import ENGINE_VERSION, MergedCheckpoint
-from modelglue.checkpoint.output.plan import Plan, plan_output, tensor_file
+from modelglue.checkpoint.output.plan import Plan, plan_output, tensor_file, write_tensor_file
 from modelglue.checkpoint.output.record import RECORD_FILE, RECORD_FORMAT
 from modelglue.checkpoint.output.staging import json_bytes, staged, write_bytes_atomic, write_json_atomic
 from modelglue.checkpoint.output.writer import RECIPE_FILE, SaveReport, save
@@ -53,5 +53,6 @@ __all__ = [
     "torch_dtype",
     "write_bytes_atomic",
     "write_json_atomic",
+    "write_tensor_file",
     "yaml_text",
 ]

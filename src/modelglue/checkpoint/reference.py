@@ -45,7 +45,12 @@ def open_checkpoint(reference: str | Path, *, relative_to: Path | None = None, h
     if opened is None or faults:
         raise CheckpointError("\n".join(faults))
     from modelglue.checkpoint.adapted import open_adapted
+    from modelglue.checkpoint.sparse import is_sparse_delta, open_sparse
 
+    if is_sparse_delta(folders[0]):
+        if len(folders) > 1:
+            raise CheckpointError(f"'{text}': {folders[0]} is a sparse difference, which stands alone on its base. Give BASE+{folders[0]}.")
+        return open_sparse(opened, folders[0], text)
     return open_adapted(opened, folders, text)
 
 

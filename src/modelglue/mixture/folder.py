@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ from modelglue.checkpoint import (
 from modelglue.checkpoint.reference import seen_from
 from modelglue.errors import CheckpointError, UserError
 from modelglue.mixture.blend import check_same_tokens
+from modelglue.mixture.deltas import DeltaStore, store_experts
 from modelglue.mixture.gates import Gate, GateKind, gate_from
 from modelglue.mixture.prompted import prompt_router
 from modelglue.mixture.spec import EXPERT_NAME, ROUTE_SPAN, ExpertSpec, MadeFrom, RouterSpec
@@ -100,6 +102,7 @@ def write_mixture(
     encoder: Path | None,
     trained: TrainedRouter | None = None,
     pack: bool = False,
+    store: DeltaStore | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Make a mixture directory. The gate is built from the experts' prompts through `encoder`; None: the expert that does best.
@@ -107,62 +110,121 @@ def write_mixture(
     With a `trained` router its gate, encoder, layer and temperature are used, and no prompts are needed.
 
     Reads every expert once to hash it (remembered), and runs a few dozen short prompts through the encoder. With `pack` experts
-    and encoder are copied into the folder. Raises UserError for experts that cannot be one, or prompts that no router can use.
+    and encoder are copied into the folder. With `store` they are kept there as differences to their family's average, and the gate is
+    built through what comes back. Raises UserError for experts that cannot be one, or prompts that no router can use.
     """
     directory = Path(directory)
     opened = _open_experts(directory, experts)
-    gate: Gate
-    temperature = router.temperature if trained is None else trained.temperature
-    if trained is None:
-        made = prompt_router(experts, router, encoder)
-        encoder, layer, mode, gate = made.encoder, made.layer, made.mode, made.gate
-    else:
-        encoder, layer, mode, gate = trained.encoder, trained.layer, "scores", trained.gate
-    read = open_checkpoint(encoder)
     if router.top_k > len(experts):
         raise UserError(
             f"{directory}: top_k is {router.top_k}, but there are {len(experts)} experts. Give more experts, or a smaller top_k."
         )
     if router.top_k > 1:
         check_same_tokens({expert.name: checkpoint for expert, checkpoint in zip(experts, opened, strict=True)})
-    identities = [checkpoint.identity for checkpoint in opened]
+    names, identities = [expert.name for expert in experts], [checkpoint.identity for checkpoint in opened]
+    if store is not None:
+        return _write_stored(directory, experts, opened, router, encoder, trained, store, overwrite)
+    decided = _decide(experts, router, encoder, trained)
+    read = open_checkpoint(decided.encoder)
     settings = [
-        [expert.name for expert in experts], identities, read.identity, mode, layer, temperature, router.route_span,
+        names, identities, read.identity, decided.mode, decided.layer, decided.temperature, router.route_span,
         router.top_k, router.combine,
-        {name: value.tolist() for name, value in gate.tensors().items()}, pack,
+        {name: value.tolist() for name, value in decided.gate.tensors().items()}, pack,
     ]  # fmt: skip
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    with staged(directory, key=key, overwrite=overwrite) as folder:
+    with staged(directory, key=_key(settings), overwrite=overwrite) as folder:
         if pack:
-            _pack(folder, experts, opened, encoder, read)
+            _pack(folder, experts, opened, decided.encoder, read)
         places = [f"experts/{expert.name}" if pack else seen_from(directory, expert.path) for expert in experts]
-        manifest = Manifest.model_validate(
-            {
-                "router": gate.kind,
-                "gate_mode": mode,
-                "training": trained.training.model_dump() if trained is not None else None,
-                "router_layer": layer,
-                "temperature": temperature,
-                "top_k": router.top_k,
-                "combine": router.combine,
-                "route_span": router.route_span,
-                "encoder": _place_of_encoder(directory, encoder, experts, places, pack),
-                "encoder_identity": read.identity,
-                "experts": [
-                    {
-                        "name": expert.name,
-                        "reference": place,
-                        "identity": identity,
-                        "domain": expert.domain,
-                        "architecture": next(iter(checkpoint.config.get("architectures") or []), None),
-                        "prompts": {"positive": expert.positive, "negative": expert.negative},
-                    }
-                    for expert, checkpoint, identity, place in zip(experts, opened, identities, places, strict=True)
-                ],
-            }
-        )
-        (folder / ROUTER).write_bytes(tensor_file(TensorsCheckpoint(gate.tensors())))
-        (folder / MANIFEST).write_bytes(json_bytes(manifest.model_dump(mode="json")))
+        place = _place_of_encoder(directory, decided.encoder, experts, places, pack)
+        return _write_manifest(folder, experts, opened, places, identities, router, decided, (place, read.identity))
+
+
+def _write_stored(
+    directory: Path, experts: Sequence[ExpertSpec], opened: Sequence[Checkpoint], router: RouterSpec, encoder: Path | None,
+    trained: TrainedRouter | None, store: DeltaStore, overwrite: bool,
+) -> Manifest:  # fmt: skip
+    """The same with the experts as differences. A trained router keeps the encoder that it was fitted through, whole."""
+    by_name = {expert.name: checkpoint for expert, checkpoint in zip(experts, opened, strict=True)}
+    given = encoder if trained is None else trained.encoder
+    settings = [
+        store.model_dump(mode="json"), list(by_name), [checkpoint.identity for checkpoint in opened],
+        repr(router), [(expert.positive, expert.negative) for expert in experts],
+        None if given is None else open_checkpoint(given).identity,
+        None if trained is None else {name: value.tolist() for name, value in trained.gate.tensors().items()},
+    ]  # fmt: skip
+    key = _key(settings)
+    with staged(directory, key=key, overwrite=overwrite) as folder:
+        kept = store_experts(folder, by_name, store, key=key).experts
+        places = [one.reference for one in kept]
+        restored = [open_checkpoint(place, relative_to=folder) for place in places]
+        paths = [Path("+".join(str(folder / half) for half in place.split("+"))) for place in places]
+        within = [replace(expert, path=path) for expert, path in zip(experts, paths, strict=True)]
+        if trained is None and encoder is not None:
+            encoder = next((path for expert, path in zip(experts, paths, strict=True) if _same(expert.path, encoder)), encoder)
+        decided = _decide(within, router, encoder, trained)
+        read = open_checkpoint(decided.encoder)
+        place = next((place for place, path in zip(places, paths, strict=True) if path == decided.encoder), ENCODER)
+        if place == ENCODER:
+            _copy(read, folder / ENCODER)
+        identities = [checkpoint.identity for checkpoint in restored]
+        return _write_manifest(folder, experts, restored, places, identities, router, decided, (place, read.identity))
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """The gate, and what it goes with."""
+
+    encoder: Path
+    layer: int
+    mode: str
+    gate: Gate
+    temperature: float
+    training: Training | None
+
+
+def _decide(experts: Sequence[ExpertSpec], router: RouterSpec, encoder: Path | None, trained: TrainedRouter | None) -> _Decided:
+    if trained is not None:
+        return _Decided(trained.encoder, trained.layer, "scores", trained.gate, trained.temperature, trained.training)
+    made = prompt_router(experts, router, encoder)
+    return _Decided(made.encoder, made.layer, made.mode, made.gate, router.temperature, None)
+
+
+def _key(settings: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def _write_manifest(
+    folder: Path, experts: Sequence[ExpertSpec], opened: Sequence[Checkpoint], places: Sequence[str], identities: Sequence[str],
+    router: RouterSpec, decided: _Decided, encoder: tuple[str, str],
+) -> Manifest:  # fmt: skip
+    """`encoder`: its place and its identity."""
+    manifest = Manifest.model_validate(
+        {
+            "router": decided.gate.kind,
+            "gate_mode": decided.mode,
+            "training": decided.training.model_dump() if decided.training is not None else None,
+            "router_layer": decided.layer,
+            "temperature": decided.temperature,
+            "top_k": router.top_k,
+            "combine": router.combine,
+            "route_span": router.route_span,
+            "encoder": encoder[0],
+            "encoder_identity": encoder[1],
+            "experts": [
+                {
+                    "name": expert.name,
+                    "reference": place,
+                    "identity": identity,
+                    "domain": expert.domain,
+                    "architecture": next(iter(checkpoint.config.get("architectures") or []), None),
+                    "prompts": {"positive": expert.positive, "negative": expert.negative},
+                }
+                for expert, checkpoint, identity, place in zip(experts, opened, identities, places, strict=True)
+            ],
+        }
+    )
+    (folder / ROUTER).write_bytes(tensor_file(TensorsCheckpoint(decided.gate.tensors())))
+    (folder / MANIFEST).write_bytes(json_bytes(manifest.model_dump(mode="json")))
     return manifest
 
 
@@ -190,13 +252,17 @@ def _pack(folder: Path, experts: Sequence[ExpertSpec], opened: Sequence[Checkpoi
     if not any(_same(expert.path, encoder) for expert in experts):
         sources[ENCODER] = read
     for place, checkpoint in sources.items():
-        assert isinstance(checkpoint, DiskCheckpoint)
-        shutil.rmtree(folder / place, ignore_errors=True)
-        (folder / place).mkdir(parents=True)
-        for path in sorted(checkpoint.path.iterdir()):
-            wanted = path.name.endswith(_MODEL_FILES) or path.name == "LICENSE" or path in checkpoint.shards
-            if wanted and path.is_file() and not path.name.startswith("."):
-                shutil.copyfile(path, folder / place / path.name)
+        _copy(checkpoint, folder / place)
+
+
+def _copy(checkpoint: Checkpoint, target: Path) -> None:
+    assert isinstance(checkpoint, DiskCheckpoint)
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for path in sorted(checkpoint.path.iterdir()):
+        wanted = path.name.endswith(_MODEL_FILES) or path.name == "LICENSE" or path in checkpoint.shards
+        if wanted and path.is_file() and not path.name.startswith("."):
+            shutil.copyfile(path, target / path.name)
 
 
 def _same(first: Path, second: Path) -> bool:
