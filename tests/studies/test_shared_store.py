@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from modelglue.evaluation import ScoreStore
-from modelglue.evaluation.items import Mark
-from modelglue.evaluation.scoring import Asked
 from modelglue.studies import run_search
 from tests.checkpoint.killing import forked
 from tests.small_zoo import write_yaml
 from tests.studies.conftest import journal_of, search_file, stored
-
-
-def noted(patch: pytest.MonkeyPatch, log: Path) -> None:
-    """Lines of (what, model, item): `look` before the store is asked, `score` for what it lacked, `done` after it was committed.
-
-    Lines are appended whole, so where `done` stands before `look`, the score was there to be found.
-    """
-    unscored, add = Asked.unscored, ScoreStore.add
-
-    def note(what: str, model: str, items: Sequence[str]) -> None:
-        with log.open("ab", buffering=0) as file:
-            file.write("".join(f"{what} {os.getpid()} {model} {item}\n" for item in items).encode())
-
-    def looking(self: Asked, batch: Sequence[object]) -> list[object]:
-        note("look", self._identity, [item.key for item in batch])  # type: ignore[attr-defined]
-        found = unscored(self, batch)  # type: ignore[arg-type]
-        note("score", self._identity, [item.key for item in found])
-        return found  # type: ignore[return-value]
-
-    def adding(self: ScoreStore, model: str, description: str, marks: Mapping[str, Mark]) -> None:
-        add(self, model, description, marks)
-        note("done", model, list(marks))
-
-    patch.setattr(Asked, "unscored", looking)
-    patch.setattr(ScoreStore, "add", adding)
+from tests.studies.scoring_log import noted, scored_again
 
 
 @forked
@@ -72,17 +43,5 @@ def test_two_searches_share_a_store(home: Path, alone: Path, tmp_path: Path, mon
         assert journal_of(folder) == journal_of(single)
         assert (folder / "result.json").read_text() == (single / "result.json").read_text()
     assert stored(store) == sorted({*stored(alone / "scores.sqlite"), *stored(expected / "scores.sqlite")})
-    done: set[str] = set()
-    known_at_look: dict[tuple[str, str], bool] = {}
-    scored = again = 0
-    for line in log.read_text().splitlines():
-        what, process_id, score = line.split(" ", 2)
-        if what == "done":
-            done.add(score)
-        elif what == "look":
-            known_at_look[process_id, score] = score in done
-        else:
-            scored += 1
-            again += known_at_look[process_id, score]
-    assert again == 0, "what was committed is not scored again"
-    assert len(done) == len(stored(store)) <= scored
+    assert scored_again(log) == 0
+    assert len({line.split(" ", 2)[2] for line in log.read_text().splitlines() if line.startswith("done")}) == len(stored(store))

@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import stat
+import struct
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,29 @@ _DEATH_SIGNAL, _NO_NEW_PRIVILEGES = 1, 38
 _NOBODY = 65534
 #: users that are nobody: a number each, so that limits per user are limits per program
 _FIRST_USER, _USERS = 1_000_000, 30_000
+#: memory that no limit counts, other namespaces, and what programs need least and kernels have had most flaws in
+_REFUSED = (
+    "shmget", "msgget", "semget", "memfd_create", "memfd_secret", "unshare", "setns", "mount", "ptrace", "process_vm_readv",
+    "process_vm_writev", "bpf", "userfaultfd", "perf_event_open", "add_key", "request_key", "keyctl", "io_uring_setup",
+)  # fmt: skip
+#: where there is no jail, in which these are harmless
+_REFUSED_ALONE = ("socket", "fork", "vfork")
+#: machine -> what the kernel calls it, and the numbers of its system calls
+_CALLS: Mapping[str, tuple[int, Mapping[str, int]]] = {
+    "x86_64": (0xC000003E, {
+        "shmget": 29, "socket": 41, "clone": 56, "fork": 57, "vfork": 58, "semget": 64, "msgget": 68, "ptrace": 101, "mount": 165,
+        "add_key": 248, "request_key": 249, "keyctl": 250, "unshare": 272, "perf_event_open": 298, "setns": 308, "process_vm_readv": 310,
+        "process_vm_writev": 311, "memfd_create": 319, "bpf": 321, "userfaultfd": 323, "io_uring_setup": 425, "memfd_secret": 447,
+    }),
+    "aarch64": (0xC00000B7, {
+        "mount": 40, "unshare": 97, "ptrace": 117, "msgget": 186, "semget": 190, "shmget": 194, "socket": 198, "add_key": 217,
+        "request_key": 218, "keyctl": 219, "clone": 220, "perf_event_open": 241, "setns": 268, "process_vm_readv": 270,
+        "process_vm_writev": 271, "memfd_create": 279, "bpf": 280, "userfaultfd": 282, "io_uring_setup": 425, "memfd_secret": 447,
+    }),
+}  # fmt: skip
+_SECCOMP, _CLONE3, _THREAD, _NEW_CONTROL_GROUP = 22, 435, 0x00010000, 0x02000000
+#: calls from here on are those of another interface of the same kernel, with other numbers
+_X32 = 0x40000000
 _DEVICES = ("null", "zero", "urandom", "random")
 
 
@@ -86,6 +110,7 @@ def _limit(settings: Mapping[str, Any]) -> None:
         libc = ctypes.CDLL(None)
         libc.prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
         libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+        _filter(libc, alone=not settings["jail"], node=settings["node"])
     limits = {
         "RLIMIT_CORE": 0, "RLIMIT_CPU": settings["seconds"], "RLIMIT_FSIZE": settings["file_bytes"], "RLIMIT_NOFILE": 64,
         "RLIMIT_NPROC": settings["processes"], "RLIMIT_AS": settings["memory_bytes"],
@@ -99,6 +124,33 @@ def _limit(settings: Mapping[str, Any]) -> None:
                 resource.setrlimit(kind, (most, most))
             except (OSError, ValueError):
                 continue  # a system that does not know this limit for this value
+
+
+def _filter(libc: Any, *, alone: bool, node: bool) -> None:
+    """System calls that the kernel refuses from now on; `alone`: sockets and other processes too. Nothing where it knows no filters."""
+    found = _CALLS.get(os.uname().machine)
+    if found is None or sys.maxsize < 2**32:
+        return
+    arch, numbers = found
+    refused = [numbers[name] for name in _REFUSED if name in numbers and not (node and name == "io_uring_setup")]
+    refused += [numbers[name] for name in _REFUSED_ALONE if alone and name in numbers]
+    load, equal, at_least, any_of, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    number, architecture, first_argument = 0, 4, 16
+    allow, not_permitted, unknown = 0x7FFF0000, 0x00050001, 0x00050026
+    # (code, steps forward if true, if false, value)
+    steps = [(load, 0, 0, architecture), (equal, 1, 0, arch), (give, 0, 0, not_permitted), (load, 0, 0, number)]
+    steps += [(at_least, 0, 1, _X32), (give, 0, 0, not_permitted)]
+    for call in refused:
+        steps += [(equal, 0, 1, call), (give, 0, 0, not_permitted)]
+    steps += [(equal, 0, 1, _CLONE3), (give, 0, 0, unknown)]  # its flags cannot be looked at; the C library takes clone instead
+    steps += [(equal, 0, 5 if alone else 3, numbers["clone"]), (load, 0, 0, first_argument)]
+    steps += [(any_of, 0, 1, _NEW_NAMESPACES | _NEW_USER | _NEW_CONTROL_GROUP), (give, 0, 0, not_permitted)]
+    if alone:
+        steps += [(any_of, 1, 0, _THREAD), (give, 0, 0, not_permitted)]
+    steps.append((give, 0, 0, allow))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code)))
+    libc.prctl(_SECCOMP, 2, ctypes.c_void_p(ctypes.addressof(program)), 0, 0)
 
 
 def _jail(folder: Path, visible: Sequence[str], file_bytes: int, node: bool) -> str:

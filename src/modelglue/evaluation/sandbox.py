@@ -1,19 +1,24 @@
 """Generated programs are run here, and nowhere else.
 
 A program is run in a process of its own, in an empty folder, with an empty environment, no input, and limits: wall-clock and processor
-time, memory, size of files, number of open files and of processes, and output that is read and thrown away beyond a few kilobytes.
+time, memory of each process, size of each file, number of open files and of processes, and output that is read and thrown away beyond a
+few kilobytes. On Linux (x86-64 and arm64) the kernel refuses what goes around these limits or what programs need least: shared memory
+without a file, new namespaces, looking into other processes, io_uring and the like.
 
 In a *jail*, which Linux gives to root and, on most systems, to everybody (namespaces), the program also has
 - no network: its only interface is a loopback of its own that is down;
-- no files but the interpreter's and the system's libraries (read-only) and its folder, which is memory and goes with it;
+- no files but the interpreter's and the system's libraries (read-only) and its folder, which is memory (twice the largest file, whatever
+  the number of files) and goes with it;
 - no processes but its own: it can neither see nor signal others, and all that it has started ends with it;
 - no privileges: it is an unknown user, and gains none by running programs.
-That stops loops, fork bombs, memory hogs, floods of output, reading and writing other files, connections, and killing the parent.
+That stops loops, fork bombs, memory hogs, floods of output, reading and writing other files, connections, and killing the parent. All its
+processes together may take the memory of one times their number.
 
 Where there is no jail (containers that forbid namespaces, macOS) the limits stay, and Python itself refuses network, other processes,
-signals and writing outside the folder. That stops programs that a model writes by mistake. It does not stop one that is written to break
-out (by tricks that go around the interpreter), nor one that reads files that the user may read; and the limit of processes is none for
-root. JavaScript is then not run at all.
+signals and writing outside the folder; Linux's kernel refuses sockets and other processes too. That stops programs that a model writes by
+mistake. It does not stop one that is written to break out (by tricks that go around the interpreter) from writing files and signalling
+processes of the user, nor any from reading files that the user may read or from filling the disk with many files. JavaScript is then not
+run at all.
 
 Nothing here stops: flaws of the kernel; what can be read of the machine through the processor; using all of one core for the time that is
 allowed; and a program that finds out how its success is reported and reports it without passing its tests. Do not run programs of somebody
