@@ -14,7 +14,7 @@ from typing import Any
 
 from modelglue.errors import UserError, did_you_mean
 from modelglue.evaluation.items import Generation, Item, Request
-from modelglue.evaluation.marking import HarnessMarker
+from modelglue.evaluation.marking import HarnessMarker, takes_first
 
 #: part of every item's key: raise it when the same replies would be marked otherwise, or requests be answered otherwise
 _VERSION = 2
@@ -58,7 +58,9 @@ def items_of(task: Any, metric: str | None, place: str) -> Iterator[Item]:
         requests = tuple(_request(instance, f"task '{name}'{place}") for instance in instances)
         document = _plain(instances[0].doc)
         key = _digest([marking, document, _reference(task, instances[0].doc), [dataclasses.astuple(request) for request in requests]])
-        marker = HarnessMarker(task, tuple(instances), chosen, _golds(task, instances[0].doc, len(requests)))
+        golds = _golds(task, instances[0].doc, len(requests))
+        lengths = _lengths(task, instances[0].doc, requests) if len(golds) == 1 and chosen in ("acc", "acc_norm") else None
+        marker = HarnessMarker(task, tuple(instances), chosen, golds, lengths)
         item = Item(_digest([document])[:16], key, requests, marker)
         if number == 0:  # a metric that cannot be used is found before any model is asked
             item.mark([(0.0, False) if request.generation is None else "" for request in requests])
@@ -80,7 +82,8 @@ def _remembering(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(document, *arguments, **options)
         if id(document) not in known:
             known[id(document)] = document, function(document)  # with the document, so that its id is nobody else's
-        return copy.copy(known[id(document)][1])
+        answer = known[id(document)][1]
+        return answer if isinstance(answer, str | int) else copy.copy(answer)
 
     return remembered
 
@@ -95,6 +98,23 @@ def _golds(task: Any, document: Any, requests: int) -> tuple[int, ...]:
         choices.index(one) if isinstance(one, str) and one in choices else one for one in (gold if isinstance(gold, list) else [gold])
     ]
     return tuple(one for one in chosen if isinstance(one, int) and 0 <= one < min(requests, len(choices)))
+
+
+def _lengths(task: Any, document: Any, requests: Sequence[Request]) -> tuple[int, ...] | None:
+    """Characters of the choices, where the harness's own code marks a choice of one right answer among them; else None."""
+    from lm_eval.api.task import ConfigurableTask
+
+    own = type(task).process_results is not ConfigurableTask.process_results or callable(task.config.process_results)
+    if (
+        own
+        or task.config.output_type != "multiple_choice"
+        or task.multiple_input
+        or task.multiple_target
+        or not takes_first(task._filters[0])
+    ):
+        return None
+    lengths = tuple(len(choice) for choice in task.doc_to_choice(document))
+    return lengths if len(lengths) == len(requests) and all(lengths) else None
 
 
 def _reference(task: Any, document: Any) -> Any:

@@ -19,12 +19,17 @@ _REMEMBERED = 32
 
 @dataclass(frozen=True)
 class HarnessMarker:
-    """One document of a harness task: `golds` are the positions of the requests whose continuation is right."""
+    """One document of a harness task: `golds` are the positions of the requests whose continuation is right.
+
+    `lengths`: of the choices, where the task is a plain choice of one right answer, which the harness marks by log probability (`acc`) or
+    by that over length (`acc_norm`); its general code takes ten times as long for that. None: the harness marks.
+    """
 
     task: Any
     instances: tuple[Any, ...]
     metric: str
     golds: tuple[int, ...] = ()
+    lengths: tuple[int, ...] | None = None
     _known: dict[tuple[Reply, ...], float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -40,6 +45,8 @@ class HarnessMarker:
         texts = tuple(replies) if all(isinstance(reply, str) for reply in replies) else None
         if texts is not None and texts in self._known:  # candidates that resemble each other mostly write the same
             return self._known[texts], None
+        if self.lengths is not None:
+            return self._chosen(replies, self.lengths)
         try:
             found = self._results(replies)
         except Exception as error:  # filters and metrics may be anybody's code
@@ -60,6 +67,13 @@ class HarnessMarker:
         losses = [-reply[0] for reply in (replies[gold] for gold in self.golds) if isinstance(reply, tuple)]
         return number, min(losses, default=None)
 
+    def _chosen(self, replies: Sequence[Any], lengths: Sequence[int]) -> tuple[float, float]:
+        """1 if the right answer is the likeliest (the first of equal ones), else 0; and its negative log likelihood."""
+        (gold,) = self.golds
+        values = [value for value, _ in replies]
+        ranked = values if self.metric == "acc" else [value / length for value, length in zip(values, lengths, strict=True)]
+        return float(ranked.index(max(ranked)) == gold), -values[gold]
+
     @property
     def _where(self) -> str:
         return f"task '{self.task.task_name}'"
@@ -68,7 +82,7 @@ class HarnessMarker:
         """All metrics of the task for one item, by the harness: filters first."""
         pipeline = self.task._filters[0]
         filtered = list(replies)
-        if not _takes_first(pipeline):
+        if not takes_first(pipeline):
             pairs = zip(self.instances, replies, strict=True)
             instances = [dataclasses.replace(instance, resps=[reply], filtered_resps={}) for instance, reply in pairs]
             pipeline.apply(instances)
@@ -77,7 +91,7 @@ class HarnessMarker:
         return found
 
 
-def _takes_first(pipeline: Any) -> bool:
+def takes_first(pipeline: Any) -> bool:
     """Whether the filters take the first reply to each request, of which there is one, and do nothing else."""
     from lm_eval.filters.selection import TakeFirstFilter
 

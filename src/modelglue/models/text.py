@@ -80,7 +80,7 @@ class LiveTextModel:
         with inference(self.model):
             windows = self.encoder.rows(pairs)
             rows = [row for part in windows for row in part]
-            self.tokens = [sum(len(row.ids) for row in part) for part in windows]
+            self.tokens = [len(part[0].ids) if len(part) == 1 else sum(len(row.ids) for row in part) for part in windows]
             found = iter(score_rows(self._reader, rows, self._vocabulary))
             scored = [[next(found) for _ in part] for part in windows]
         return [part[0] if len(part) == 1 else (sum(value for value, _ in part), all(greedy for _, greedy in part)) for part in scored]
