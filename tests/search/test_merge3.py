@@ -10,6 +10,7 @@ import pytest
 from modelglue.errors import UserError
 from modelglue.recipe import Candidate
 from modelglue.search import Facts, SearchSettings, SyntheticEvaluator, run_study
+from modelglue.search.estimators import Estimator
 from modelglue.search.item_response import ItemParameters
 from modelglue.search.merge3 import ItemResponseFitness
 from tests.search.doubles import Counting
@@ -109,3 +110,25 @@ def test_anchors_carry_the_weight_of_their_clusters() -> None:
 def test_what_is_missing_is_said(fitness: dict[str, Any], facts: Facts, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run_study(settings(**fitness), PROBLEM, None, facts=facts)
+
+
+def test_gpirt_trusts_the_prediction_by_its_errors_for_models_that_are_known() -> None:
+    """c = b^2 / (v + b^2) with the errors b and variances v of the members; a share that is said counts as said."""
+    known = parameters()
+    fitness = ItemResponseFitness(PROBLEM.members, size=20, mode="gpirt", parameters=known)
+    endpoints = [PROBLEM.evaluate(candidate) for candidate in fitness.endpoints()]
+    assert len(endpoints) == 3
+    fitness.prepare(PROBLEM, endpoints)
+    fitness.parts(PROBLEM)
+    for task in PROBLEM.tasks:
+        found = fitness._estimators[task]
+        rows = [np.array([one.items[task][item] for item in PROBLEM.items(task)]) for one in endpoints]
+        classic = Estimator(found.extract, "pirt", known[task])
+        b = float(np.mean([abs(classic(y[found.extract.positions]) - y.mean()) for y in rows]))
+        v = float(np.mean([y.var() for y in rows])) / (4 * 20)
+        assert found.share == pytest.approx(b**2 / (v + b**2))
+        assert 0 < found.share < 1
+    said = ItemResponseFitness(PROBLEM.members, size=20, mode="gpirt", parameters=known, share=0.25)
+    said.prepare(PROBLEM, endpoints)
+    said.parts(PROBLEM)
+    assert {estimator.share for estimator in said._estimators.values()} == {0.25}

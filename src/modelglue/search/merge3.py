@@ -9,10 +9,10 @@ import numpy as np
 
 from modelglue.errors import UserError
 from modelglue.recipe import Candidate, Evaluator, Level, Scores
-from modelglue.search.estimators import Estimator, Extract, Mode, anchor_extract, item_vectors, random_extract
+from modelglue.search.estimators import Estimator, Extract, Mode, anchor_extract, gpirt_share, item_vectors, random_extract
 from modelglue.search.fitness import Part
 from modelglue.search.item_fit import binarised, choose_dimensions, fit_items
-from modelglue.search.item_response import ItemParameters, fit_ability
+from modelglue.search.item_response import Floats, ItemParameters, fit_ability
 from modelglue.search.randomness import rng
 
 
@@ -21,14 +21,15 @@ class ItemResponseFitness:
 
     `parameters`: task -> item parameters in the evaluator's order of items. Without them, `responses` (task -> [models, items], 30 models
     or more, the same order) are fitted first; with neither, the mean of the seen items stands for the rest. `members` are the models
-    that are merged: they are scored on everything, once, before the search.
+    that are merged: they are scored on everything, once, before the search. `share` is what the seen items count for in gpirt and gmpirt;
+    default: 0.5 in gmpirt, and in gpirt what the errors of the prediction for models with known answers ask for.
     """
 
     may_race = False
     levels: frozenset[Level] = frozenset({"E2", "E3"})
 
     def __init__(
-        self, members: Sequence[str], *, size: int = 50, mode: Mode | None = None, share: float = 0.5, seed: int = 0,
+        self, members: Sequence[str], *, size: int = 50, mode: Mode | None = None, share: float | None = None, seed: int = 0,
         extract: Literal["random", "anchors"] = "random", parameters: Mapping[str, ItemParameters] | None = None,
         responses: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
@@ -36,7 +37,8 @@ class ItemResponseFitness:
             raise UserError(f"{size} items per task; allowed is 1 or more.")
         self._members, self._size, self._share, self._seed, self._kind = list(members), size, share, seed, extract
         self._parameters = dict(parameters or {})
-        for task, rows in (responses or {}).items():
+        self._responses = {task: np.asarray(rows, dtype=np.float64) for task, rows in (responses or {}).items()}
+        for task, rows in self._responses.items():
             if task not in self._parameters:
                 marked = binarised(rows)
                 self._parameters[task] = fit_items(marked, choose_dimensions(marked))[0]
@@ -48,7 +50,7 @@ class ItemResponseFitness:
         self._endpoints: Sequence[Scores] = ()
 
     def endpoints(self) -> Sequence[Candidate]:
-        return [Candidate.single(alias) for alias in self._members] if self.mode in ("mpirt", "gmpirt") else []
+        return [Candidate.single(alias) for alias in self._members] if self.mode in ("gpirt", "mpirt", "gmpirt") else []
 
     def prepare(self, evaluator: Evaluator, endpoints: Sequence[Scores]) -> None:
         self._endpoints = endpoints
@@ -67,7 +69,14 @@ class ItemResponseFitness:
             if parameters is not None and self._endpoints:
                 answers = [np.array([scores.items[task][item] for item in items]) for scores in self._endpoints]
                 abilities = np.stack([fit_ability(y, parameters) for y in answers])
-            self._estimators[task] = Estimator(extract, self.mode, parameters, abilities, self._share)
+            share = 0.5 if self._share is None else self._share
+            if parameters is not None and self.mode == "gpirt" and self._share is None:
+                answered = [
+                    *self._responses.get(task, ()),
+                    *(np.array([one.items[task][item] for item in items]) for one in self._endpoints),
+                ]
+                share = _share(extract, parameters, answered)
+            self._estimators[task] = Estimator(extract, self.mode, parameters, abilities, share)
             part[task] = tuple(items[position] for position in extract.positions)
         self._items = part
         return [part]
@@ -85,3 +94,10 @@ class ItemResponseFitness:
                 raise UserError(f"task '{task}': anchors are chosen by item parameters, and there are none. Use a random extract.")
             return anchor_extract(item_vectors(parameters), size, generator)
         return random_extract(count, size, generator)
+
+
+def _share(extract: Extract, parameters: ItemParameters, answered: Sequence[Floats]) -> float:
+    """What the seen items should count for, by models of which every answer is known: the less, the better the rest is predicted."""
+    classic = Estimator(extract, "pirt", parameters)
+    errors = [abs(classic(y[extract.positions]) - float(y.mean())) for y in answered]
+    return gpirt_share(float(np.mean(errors)), float(np.mean([y.var() for y in answered])), len(extract)) if errors else 0.5

@@ -77,7 +77,8 @@ class FitnessSettings(Group):
     items: Annotated[int, Field(ge=1)] = 50
     """Of `item_response`: items per task that are scored."""
     mode: Literal["mean", "weighted", "pirt", "gpirt", "mpirt", "gmpirt"] | None = None
-    share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """What seen items count for in gpirt and gmpirt; default 0.5, in gpirt what the errors of the prediction ask for."""
     extract: Literal["random", "anchors"] = "random"
     item_parameters: Annotated[str, Field(min_length=1)] | None = None
     """File with discrimination and difficulty of every item."""
