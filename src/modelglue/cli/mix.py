@@ -112,12 +112,28 @@ def _levels(document: Document, out: Path, refuse: Refuse, *, folder: Path, **op
     if done.saved is None:
         assert done.manifest is not None
         names = [expert.name for expert in done.manifest.experts]
-        return {
-            "directory": str(out),
-            **result,
-            "experts": names,
-        }, f"level {made.level}, complete models: {', '.join(names)}{_because(made.why)}"
+        found = {"directory": str(out), **result, "experts": names}
+        kept, text = _differences(out)
+        return {**found, **kept}, f"level {made.level}, complete models: {', '.join(names)}{text}{_because(made.why)}"
     return {**_saved(done.saved), **result}, f"level {made.level}, {_summary(str(made.model_class), done.saved)}{_because(made.why)}"
+
+
+def _differences(out: Path) -> tuple[dict[str, Any], str]:
+    """What experts that are kept as differences take and lose, where they are."""
+    import json
+
+    from modelglue.cli.console import size
+    from modelglue.mixture.deltas import REPORT
+
+    if not (out / REPORT).is_file():
+        return {}, ""
+    report = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    lines = [f"\n  as differences: {size(report['bytes'])} instead of {size(report['whole_bytes'])}"]
+    for one in report["experts"]:
+        roles = ", ".join(f"{role} {loss['lost']:.1%}" for role, loss in one["loss"].items() if role != "all")
+        what = f"of the difference {one['loss']['all']['lost']:.1%} is lost ({roles})" if one["loss"] else f"whole: {one['why_whole']}"
+        lines.append(f"  {one['name']}: {size(one['bytes'])}, {what}")
+    return {"deltas": report}, "\n".join(lines)
 
 
 def _saved(report: SaveReport) -> dict[str, Any]:

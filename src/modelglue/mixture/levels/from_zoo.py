@@ -8,7 +8,7 @@ from typing import Any
 from modelglue.recipe import Document
 
 #: keys of the group `mixture` that stand at the top of a mixture's own file
-_SETTINGS = ("level", "routing", "top_k", "shared", "merged", "merged_layers", "share_io", "combine", "pack", "compat", "export")
+_SETTINGS = ("level", "routing", "top_k", "shared", "merged", "merged_layers", "share_io", "combine", "pack", "store", "compat", "export")
 _ROUTER = ("gate_mode", "router_layer", "temperature", "route_span", "encoder", "seed")
 #: what a zoo knows of a model and no mixture asks for
 _BESIDE = ("scores", "dtype", "id", "alias", "revision", "adapter")

@@ -9,6 +9,7 @@ from typing import Any
 
 from modelglue.checkpoint import Checkpoint, DiskCheckpoint, SaveReport, save
 from modelglue.errors import RecipeError, UserError
+from modelglue.mixture.deltas import DeltaStore
 from modelglue.mixture.folder import Manifest, write_mixture
 from modelglue.mixture.layer_gates import HIGH_CONDITION, conditions
 from modelglue.mixture.levels.assemble import LevelSpec, deciding_layers, join
@@ -31,6 +32,7 @@ class Complete:
     router: RouterSpec
     encoder: Path | None
     pack: bool
+    store: DeltaStore | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ class Prepared:
         if isinstance(self.made, Checkpoint):
             return Mixed(self, save(self.made, directory, overwrite=overwrite, **options), None)
         made = self.made
-        manifest = write_mixture(directory, made.experts, made.router, encoder=made.encoder, pack=made.pack, overwrite=overwrite)
+        manifest = write_mixture(
+            directory, made.experts, made.router, encoder=made.encoder, pack=made.pack, store=made.store, overwrite=overwrite
+        )
         return Mixed(self, None, manifest)
 
 
@@ -92,6 +96,9 @@ def prepare(source: str | Path | Mapping[str, Any] | Document, folder: Path | No
     level, why, shared, merged = _level(document, recipe, opened, folder)
     if level == "model" and not recipe.share_io:
         return Prepared(level, why, _complete(recipe, opened))
+    if recipe.store is not None:
+        what = f"is for complete models, but the experts are joined at the level {level} (level: auto). Say level: model, or leave it out."
+        raise RecipeError(document.fault(("store",), what))
     checkpoint, own, warnings = _inside(document, recipe, level, opened, shared, merged, folder)
     return Prepared(level, (*why, *own), checkpoint, warnings)
 
@@ -217,4 +224,4 @@ def _complete(recipe: MixRecipe, opened: Mapping[str, Checkpoint]) -> Complete:
     encoder = None
     if router.encoder is not None:
         encoder = next((expert.path for expert in experts if expert.name == router.encoder), Path(router.encoder))
-    return Complete(tuple(experts), spec, encoder, recipe.pack)
+    return Complete(tuple(experts), spec, encoder, recipe.pack, recipe.store)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from modelglue.errors import RecipeError
+from modelglue.mixture.deltas import DeltaStore
 from modelglue.mixture.levels.from_zoo import from_zoo
 from modelglue.mixture.router import WITHOUT_PROMPTS
 from modelglue.mixture.spec import EXPERT_NAME, ROUTE_SPAN, GateMode, domain_prompts
@@ -83,6 +84,8 @@ class MixRecipe(_Part):
     """What is mixed of complete models at a top_k above 1."""
     pack: bool = False
     """Copy complete models into the output instead of referring to them."""
+    store: DeltaStore | None = None
+    """Keep complete models of one family in the output as differences to their average."""
     compat: Literal["none", "official"] = "none"
     """`official`: as the research code does it: pads count, every call is routed anew, no cache."""
     export: Literal["auto", "standard", "own"] = "auto"
@@ -161,6 +164,11 @@ def _faults(document: Document, recipe: MixRecipe) -> list[str]:
         faults.append(document.fault(("router", "router_layer"), what))
     if recipe.inside and recipe.pack:
         faults.append(document.fault(("pack",), f"has no meaning at the level {recipe.level}: the output is one model. Leave it out."))
+    if recipe.inside and recipe.store is not None:
+        what = f"has no meaning at the level {recipe.level}: the output is one model. Use level: model, or leave it out."
+        faults.append(document.fault(("store",), what))
+    if recipe.pack and recipe.store is not None:
+        faults.append(document.fault(("store",), "stands beside pack, which copies whole models. Give one of them."))
     return faults
 
 
