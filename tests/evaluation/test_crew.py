@@ -173,6 +173,16 @@ def test_one_worker_for_every_device(models: Mapping[str, Checkpoint], tasks: Ta
     assert found == scored(models, tasks, 1)[0]
 
 
+def test_a_process_that_is_started_afresh(models: Mapping[str, Checkpoint], tasks: TaskSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As accelerators and other systems than Linux want it; it maps the files itself."""
+    monkeypatch.setattr(crew.sys, "platform", "darwin")
+    lane = crew.Processes(Members(models), 1, ("cpu",))
+    with ScoreStore(":memory:") as store, CandidateEvaluator(models, tasks, store, crew=lane) as evaluator:
+        found = evaluator.evaluate(Candidate.linear({"reverse": 0.5, "larger": 0.5}))
+    with ScoreStore(":memory:") as store:
+        assert found == CandidateEvaluator(models, tasks, store).evaluate(Candidate.linear({"reverse": 0.5, "larger": 0.5}))
+
+
 def test_places_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="executor 'slurm': there is none of this name"):
         Place.named(executor="slurm")

@@ -24,6 +24,7 @@ from modelglue.evaluation import ResidentModel
 from modelglue.evaluation.members import Members
 from modelglue.recipe import Candidate
 from modelglue.search import recorded
+from modelglue.search.journal import Journal
 from modelglue.search.run import JOURNAL
 from modelglue.studies import run_search
 from modelglue.studies.study_folder import SCORES
@@ -167,6 +168,18 @@ def test_a_damaged_file_is_said_and_left_alone(run: Run, alone: Path, tmp_path: 
         assert str(folder / name) in found.err
         assert said in found.err
     assert [(folder / file).read_bytes() for file in (JOURNAL, SCORES)] == before
+
+
+def test_a_search_that_runs_already(run: Run, alone: Path, tmp_path: Path) -> None:
+    """It can be looked at, and not run a second time."""
+    folder = shutil.copytree(alone, tmp_path / "out")
+    content = json.loads((folder / "search.json").read_text())
+    (folder / "search.json").write_text(json.dumps({**content, "home": str(alone.parent)}))
+    with Journal(folder / JOURNAL):
+        found = run("search", "resume", folder)
+        assert (found.code, f"{folder / JOURNAL}: another process is running this search. Wait for it" in found.err) == (2, True)
+        assert run("search", "report", folder).code == 0
+    assert run("search", "resume", folder, "--quiet").code == 0
 
 
 @forked
