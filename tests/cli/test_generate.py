@@ -190,3 +190,43 @@ def test_what_is_neither_model_nor_mixture(run: Run, tmp_path: Path, make: Any, 
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("error: ")
     assert message in result.err
+
+
+def test_drawn_texts_are_a_function_of_the_seed(run: Run, models: Path) -> None:
+    def drawn(*prompts: str, seed: str = "3") -> list[str]:
+        options = ["--temperature", "50", "--seed", seed, "--max-new-tokens", "6", "--until", r"\n", "--quiet"]
+        result = run("generate", models / "mixture", *prompts, *options)
+        assert result.code == 0
+        return result.out.splitlines()
+
+    both = drawn("q", "12")
+    assert [drawn("q"), drawn("12")] == [both[:1], both[1:]]
+    assert drawn("q", "12", seed="4") != both
+    assert both[0] != run("generate", models / "mixture", "q", "--max-new-tokens", "6", "--quiet").out.splitlines()[0]
+
+
+def test_beams_and_what_is_in_memory_change_nothing_where_one_text_is_best(run: Run, models: Path) -> None:
+    for options in (["--beams", "3"], ["--residency", "lru:1"], ["--residency", "all", "--dtype", "stored"]):
+        assert run("generate", models / "mixture", "q", "12", "--max-new-tokens", "2", "--quiet", *options).out == "rs\n10\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--temperature", "-1"], "temperature is -1.0; allowed is 0 (the most probable token) to 100."),
+        (["--top-p", "0"], "top_p is 0.0; allowed is a number above 0, up to 1."),
+        (["--beams", "0"], "--beams is 0; allowed is a whole number from 1."),
+        (["--beams", "2", "--temperature", "1"], "--beams is 2 and --temperature 1: beams are not drawn. Leave one of them out."),
+        (["--residency", "lru:1"], "is one model, and --residency says which experts of a mixture are in memory. Leave it out."),
+        (["--residency", "some"], "is one model"),
+    ],
+)
+def test_settings_that_mean_nothing(run: Run, models: Path, options: list[str], said: str) -> None:
+    result = run("generate", models / "up", "a", *options)
+    assert (result.code, result.out) == (2, "")
+    assert said in result.err
+
+
+def test_no_such_residency(run: Run, models: Path) -> None:
+    result = run("generate", models / "mixture", "a", "--residency", "lru:0")
+    assert (result.code, result.err) == (2, "error: residency is 'lru:0'; allowed is all, lazy or lru:N with N from 1.\n")
