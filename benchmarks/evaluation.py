@@ -3,14 +3,17 @@
     python benchmarks/evaluation.py                 # all three tables; --size 0.3 for less memory
 
 1. The tiny zoo: building a linear merge of some members and writing it into the live model, against scoring it on 100 items of the zoo's
-   six tasks.
-2. Writing a merge of --size billion parameters (float32 live, bf16 members in memory) into a live model, against the bandwidth limit: the
-   time in which as many threads move as many bytes (members read, live model written) by copying float32 tensors.
-3. Scoring tasks of 300 items against calling the model directly: the same batches as id tensors that were made before, transformers' own
-   forward passes, with a cache where text is generated, for as many tokens as the answers have; no texts, no stop strings, no marks, no
-   store. And against the forward passes that scoring itself makes, which share what prompts have in common.
+   six tasks. Every round is another candidate.
+2. Writing a merge of --size billion parameters (float32 live, bf16 members in memory) into a live model, against the bandwidth limit: what
+   it takes to move as many bytes (members read, live model written) by copying float32 tensors much larger than the caches.
+3. Scoring tasks of 300 items, against (a) the forward passes that scoring itself makes, which share what prompts have in common, and (b)
+   calling the model directly: the same batches as id tensors that were made before, transformers' own forward passes, with a cache where
+   text is generated, for as many tokens as the answers have; no texts, no stop strings, no marks, no store. Every round is another
+   candidate, as in a search: questions have been tokenised before, answers have not been seen.
 
-Every number is the median of --repeats. The result is Markdown on stdout.
+What is compared runs by turns in one process, --repeats times. Times are CPU seconds (all threads together), so that what else runs on the
+machine counts little, and the least of all rounds; ratios are of those. Sums run in machine code (MODELGLUE_COMPILE=on) unless the
+environment says otherwise. The result is Markdown on stdout.
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,9 @@ import torch
 import yaml
 
 from modelglue.checkpoint import Checkpoint, TensorsCheckpoint, open_checkpoint
+from modelglue.checkpoint.engine import native
 from modelglue.evaluation import CandidateEvaluator, ResidentModel, ScoreStore, TaskSet
+from modelglue.evaluation.members import Members
 from modelglue.evaluation.scoring import BATCH_ITEMS, answer
 from modelglue.models import inference, load_into
 from modelglue.models.build import empty_model
@@ -47,17 +53,34 @@ SIZES = {"0.1": (640, 1728, 14, 128), "0.3": (1024, 2816, 22, 256), "1.1": (2048
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="1.1")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--only", choices=["merge", "large", "overhead"], default=None)
     options = parser.parse_args()
-    machine = f"{platform.processor() or platform.machine()}, {platform.system()}, Python {platform.python_version()}"
-    print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads, median of {options.repeats}.\n")
+    mode = os.environ.setdefault("MODELGLUE_COMPILE", "on")
+    sums = "machine code" if native.ready(0) else "plain torch"
+    machine = f"{processor()}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+    print(f"{machine}, {torch.get_num_threads()} threads; sums in {sums} (MODELGLUE_COMPILE={mode}); least of {options.repeats} rounds.\n")
     if options.only in (None, "merge"):
         merge_table(options.repeats)
     if options.only in (None, "large"):
         large_table(options.size, options.repeats)
     if options.only in (None, "overhead"):
         overhead_table(options.repeats)
+
+
+def processor() -> str:
+    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def timed(function: Callable[[], object]) -> float:
+    """CPU seconds of all threads."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
 
 
 # -- the tiny zoo -----------------------------------------------------------------------------------------------------------------
@@ -68,26 +91,28 @@ def merge_table(repeats: int) -> None:
     tasks = TaskSet.load([f"{skill}_proxy" for skill in SKILLS], ZOO / "tasks")
     print("| members | build, ms | into the live model, ms | scoring 100 items, ms | merge / scoring |")
     print("|---|---|---|---|---|")
-    for count in (2, 4, 8):
-        made, written, scored = [], [], []
-        with ScoreStore(":memory:") as store:
-            resident = ResidentModel()
-            evaluator = CandidateEvaluator(models, tasks, store, resident=resident)
-            plan = Plan.prefix(evaluator, {skill: 17 if number < 4 else 16 for number, skill in enumerate(SKILLS)})
-            for number in range(repeats + 2):
-                candidate = Candidate.linear({name: 1 + (place + 1) * (number + 1) / 100 for place, name in enumerate(MEMBERS[:count])})
-                start = time.perf_counter()
+    rounds: dict[int, list[tuple[float, float, float]]] = {count: [] for count in (2, 4, 8)}
+    with ScoreStore(":memory:") as store:
+        resident = ResidentModel()
+        evaluator = CandidateEvaluator(models, tasks, store, resident=resident)
+        plan = Plan.prefix(evaluator, {skill: 17 if number < 4 else 16 for number, skill in enumerate(SKILLS)})
+        for number in range(repeats + 2):
+            for count, found in rounds.items():
+                candidate = nth_candidate(number, MEMBERS[:count])
+                start = time.process_time()
                 expression, key = evaluator.members.expression(candidate), evaluator.key(candidate)
-                middle = time.perf_counter()
+                built = time.process_time()
                 resident.holding(expression, key)
-                end = time.perf_counter()
-                evaluator.evaluate(candidate, plan)
-                made.append(middle - start)
-                written.append(end - middle)
-                scored.append(time.perf_counter() - end)
-        build_time, write, score = (statistics.median(values[2:]) * 1000 for values in (made, written, scored))
-        print(f"| {count} | {build_time:.2f} | {write:.2f} | {score:.1f} | {(build_time + write) / score:.1%} |")
+                written = time.process_time()
+                found.append((built - start, written - built, timed(partial(evaluator.evaluate, candidate, plan))))
+    for count, found in rounds.items():
+        build_time, written, scored = (min(values) * 1000 for values in zip(*found[2:], strict=True))
+        print(f"| {count} | {build_time:.2f} | {written:.2f} | {scored:.1f} | {(build_time + written) / scored:.1%} |")
     print()
+
+
+def nth_candidate(number: int, members: Sequence[str]) -> Candidate:
+    return Candidate.linear({name: 1 + (place + 1) * (number + 1) / 100 for place, name in enumerate(members)})
 
 
 # -- large models -----------------------------------------------------------------------------------------------------------------
@@ -104,20 +129,26 @@ def large_table(size: str, repeats: int) -> None:
     shapes = {name: value.shape for name, value in live.state_dict().items()}
     numel = sum(shape.numel() for shape in shapes.values())
     members = [TensorsCheckpoint({name: noise(shape, seed) for name, shape in shapes.items()}, config) for seed in range(2)]
-    limit = bandwidth(torch.get_num_threads(), repeats)
-    print(f"{numel / 1e9:.2f} B parameters; copying moves {limit / 1e9:.1f} GB/s.\n")
+    resolve: Mapping[str, Checkpoint] = {str(number): member for number, member in enumerate(members)}
+    merges = {
+        "one model": (members[0], 1),
+        "linear of 2": (build(linear_recipe(["0", "1"], [0.4, 0.6], None), resolve=resolve.__getitem__), 2),
+        "linear of 2, stored float32": (build(linear_recipe(["0", "1"], [0.4, 0.6], "float32"), resolve=resolve.__getitem__), 2),
+    }
+    copies, seconds = [], {label: float("inf") for label in merges}
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        copy = copying(pool, torch.get_num_threads())
+        for _ in range(repeats):
+            for label, (made, _) in merges.items():
+                copies.append(timed(copy))
+                seconds[label] = min(seconds[label], timed(partial(load_into, made, live)))
+    limit = torch.get_num_threads() * _COPIED_BYTES / min(copies)
+    print(f"{numel / 1e9:.2f} B parameters; copying moves {limit / 1e9:.1f} GB per CPU second.\n")
     print("| merge | s | ns per parameter | limit, ns | ratio |")
     print("|---|---|---|---|---|")
-    resolve: Mapping[str, Checkpoint] = {str(number): member for number, member in enumerate(members)}
-    for label, names, store in (
-        ("one model", ["0"], None),
-        ("linear of 2", ["0", "1"], None),
-        ("linear of 2, stored float32", ["0", "1"], "float32"),
-    ):
-        made = members[0] if len(names) == 1 else build(linear_recipe(names, [0.4, 0.6], store), resolve=resolve.__getitem__)
-        seconds = median(lambda made=made: load_into(made, live), max(repeats // 2, 3))
-        bound = (2 * len(names) + 4) * numel / limit
-        print(f"| {label} | {seconds:.2f} | {seconds / numel * 1e9:.2f} | {bound / numel * 1e9:.2f} | {seconds / bound:.2f} |")
+    for label, (_, count) in merges.items():
+        bound, spent = (2 * count + 4) * numel / limit, seconds[label]
+        print(f"| {label} | {spent:.2f} | {spent / numel * 1e9:.2f} | {bound / numel * 1e9:.2f} | {spent / bound:.2f} |")
     print()
 
 
@@ -126,57 +157,60 @@ def noise(shape: torch.Size, seed: int) -> torch.Tensor:
     return block.repeat(-(-shape.numel() // len(block)))[: shape.numel()].view(shape)
 
 
-def bandwidth(threads: int, repeats: int) -> float:
-    """Bytes a second that copying reads and writes, with tensors much larger than the caches."""
-    tensors = [(torch.ones(2**25), torch.empty(2**25).fill_(0)) for _ in range(threads)]
+_COPIED_BYTES = 2 * 4 * 2**26
+
+
+def copying(pool: ThreadPoolExecutor, threads: int) -> Callable[[], object]:
+    """Reading and writing _COPIED_BYTES in every thread, in tensors much larger than the caches."""
+    tensors = [(torch.ones(2**26), torch.zeros(2**26)) for _ in range(threads)]
 
     def copy(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
         torch.set_num_threads(1)
         pair[1].copy_(pair[0])
 
-    with ThreadPoolExecutor(threads) as pool:
-        seconds = median(lambda: list(pool.map(copy, tensors)), repeats)
-    return threads * 2 * 4 * 2**25 / seconds
+    return lambda: list(pool.map(copy, tensors))
 
 
 # -- overhead ---------------------------------------------------------------------------------------------------------------------
 
 
 def overhead_table(repeats: int) -> None:
-    model = open_checkpoint(ZOO / "models" / "generalist")
-    live = ResidentModel().holding(model, "m")
-    print("| task (300 items) | evaluation, ms | the model directly, ms | overhead | its own forward passes, ms | around them |")
+    models = {name: open_checkpoint(ZOO / "models" / name) for name in MEMBERS}
+    members, resident = Members(models), ResidentModel()
+    live = resident.holding(models["generalist"], "generalist")
+    print("| task (300 items) | evaluation, ms | its own forward passes, ms | around them | the model directly, ms | against that |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for skill in ("reverse", "larger"):
             tasks = three_hundred(skill, Path(folder))
-            direct = directly(live, tasks)
             spent = passes(live.model)
             whole, alone, within = [], [], []
             for number in range(repeats + 1):
+                candidate = nth_candidate(number, ["generalist", skill, "drifted"])
+                resident.holding(members.expression(candidate), members.identity(candidate))
+                direct = directly(live, tasks)
                 spent.clear()
-                start = time.perf_counter()
-                evaluate(live, tasks, str(number))
-                whole.append(time.perf_counter() - start)
+                whole.append(timed(partial(evaluate, live, tasks, str(number))))
                 within.append(sum(spent))
                 alone.append(timed(direct))
             live.model.__dict__.pop("forward")
-            total, least, own = (statistics.median(values[1:]) * 1000 for values in (whole, alone, within))
-            print(f"| {skill} | {total:.0f} | {least:.0f} | {total / least - 1:.0%} | {own:.0f} | {total / own - 1:.0%} |")
+            total, own, least = (min(values[1:]) * 1000 for values in (whole, within, alone))
+            around, against = total / own - 1, total / least - 1
+            print(f"| {skill} | {total:.0f} | {own:.0f} | {around:.0%} | {least:.0f} | {against:+.0%} |")
 
 
 def passes(model: Any) -> list[float]:
-    """The seconds of every forward pass from now on."""
+    """The CPU seconds of every forward pass from now on."""
     spent: list[float] = []
     forward = model.forward
 
     @functools.wraps(forward)
     def watched(*values: Any, **options: Any) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             return forward(*values, **options)
         finally:
-            spent.append(time.perf_counter() - start)
+            spent.append(time.process_time() - start)
 
     model.forward = watched
     return spent
@@ -250,16 +284,6 @@ def padded(rows: Sequence[list[int]], *, left: bool) -> tuple[torch.Tensor, torc
     ids = [[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, pads, strict=True)]
     mask = [[*pad, *[1] * len(row)] if left else [*[1] * len(row), *pad] for row, pad in zip(rows, pads, strict=True)]
     return torch.tensor(ids), torch.tensor(mask)
-
-
-def timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def median(function: Callable[[], object], repeats: int) -> float:
-    return statistics.median([timed(function) for _ in range(repeats + 1)][1:])
 
 
 if __name__ == "__main__":

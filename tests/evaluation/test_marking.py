@@ -61,6 +61,11 @@ def test_an_answer_that_was_marked_is_not_marked_again_and_another_is(tmp_path: 
     (item,) = items(tmp_path, "written", "exact_match")
     asked: list[Any] = []
     original = HarnessMarker._results
-    monkeypatch.setattr(HarnessMarker, "_results", lambda self, replies: asked.append(list(replies)) or original(self, replies))
+
+    def watched(self: HarnessMarker, replies: list[Any]) -> Any:
+        asked.append(list(replies))
+        return original(self, replies)
+
+    monkeypatch.setattr(HarnessMarker, "_results", watched)
     assert [item.mark([text])[0] for text in ("x", "x", "y", "x")] == [0.0] * 4
     assert asked == [["x"], ["y"]]
