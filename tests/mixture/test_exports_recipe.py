@@ -10,14 +10,16 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from modelglue.checkpoint import save
+from modelglue.checkpoint import open_checkpoint, save
 from modelglue.cli.app import main
 from modelglue.errors import CheckpointError, MergeError, RecipeError, UserError
-from modelglue.mixture import Encoded, entering, gate_row
+from modelglue.mixture import Encoded, ExpertSpec, Reader, entering, gate_row
 from modelglue.mixture.exports import is_moe_recipe, read_moe_recipe, upcycle
+from modelglue.mixture.exports.streamed import embedding_reader, streamed_reader
+from modelglue.mixture.layer_gates import layer_gates
 from modelglue.models import load_live
 from modelglue.recipe import parse_document, read_recipe
-from tests.models.tiny import letters, pieces, saved_model
+from tests.models.tiny import letters, pieces, random_model, saved_model
 
 FILE = """\
 base_model: a
@@ -167,9 +169,23 @@ def test_gates_are_the_rows_of_every_layer(zoo: Path) -> None:
         torch.testing.assert_close(gate.norm(dim=1), torch.ones(2))
 
 
-def load_live_of(folder: Path) -> Any:
-    from modelglue.checkpoint import open_checkpoint
+def test_layers_are_wide_only_while_they_run(tmp_path: Path) -> None:
+    """A model in a short dtype gives the gates that it gives in float32, and is as short afterwards as before."""
+    model = random_model("llama", 5).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "short")
+    letters().save_pretrained(tmp_path / "short")
+    checkpoint = open_checkpoint(tmp_path / "short")
+    spec = [ExpertSpec("a", tmp_path, ("abc", "word"), ("12",))]
+    streamed = streamed_reader(checkpoint)
+    whole = layer_gates(Reader(load_live(checkpoint), letters(), 0), spec, "hidden", [0, 1])
+    assert layer_gates(streamed, spec, "hidden", [0, 1]).equal(whole)
+    first = streamed._model.model.layers[0].mlp.up_proj.weight
+    assert first.dtype == torch.bfloat16
+    assert first.equal(model.model.layers[0].mlp.up_proj.weight)
+    assert embedding_reader(checkpoint).encode_each(["abc"], [0])[0].states.dtype == torch.float32
 
+
+def load_live_of(folder: Path) -> Any:
     return load_live(open_checkpoint(folder))
 
 

@@ -15,10 +15,11 @@ from modelglue.mixture.exports.dense import Dense, dense
 from modelglue.mixture.exports.finished import FinishedCheckpoint
 from modelglue.mixture.exports.parts import Gates, Parts, check, warnings
 from modelglue.mixture.exports.recipe import MoeExpert, MoeRecipe, read_moe_recipe, wanted_export
+from modelglue.mixture.exports.streamed import embedding_reader, streamed_reader
 from modelglue.mixture.layer_gates import HIGH_CONDITION, conditions, layer_gates, random_gates
-from modelglue.mixture.router import WITHOUT_PROMPTS, Reader
+from modelglue.mixture.router import WITHOUT_PROMPTS
 from modelglue.mixture.spec import ExpertSpec
-from modelglue.models import has_tokenizer, load_live, load_tokenizer
+from modelglue.models import has_tokenizer
 from modelglue.recipe import Document
 
 
@@ -38,7 +39,7 @@ def upcycle(source: str | Path | Mapping[str, object] | Document, folder: Path |
     """The sparse model of a mergekit-moe file. References are taken from `folder` (default: that of the file), then the working folder.
 
     Everything is checked from headers before the base is loaded. Time: one pass of the prompts through the base (none for random
-    gates). Memory: the base in float32 while the gates are made, its embedding alone for `cheap_embed`; nothing of the experts.
+    gates). Memory: one layer of the base in float32 while the gates are made; nothing of the experts.
     Raises RecipeError for the file, CheckpointError for a model, MergeError where they do not fit each other or any export.
     """
     recipe, odd = read_moe_recipe(source)
@@ -118,7 +119,8 @@ def _gates(recipe: MoeRecipe, base: Checkpoint, parts: Parts) -> Gates:
     else:
         if not has_tokenizer(base):
             raise CheckpointError(f"{recipe.base_model}: has no tokenizer, so no gate can be made from prompts. Use gate_mode random.")
-        rows = layer_gates(Reader(load_live(base), load_tokenizer(base), 0), specs, recipe.gate_mode.removesuffix("_last"), layers)
+        reader = embedding_reader(base) if recipe.gate_mode == "cheap_embed" else streamed_reader(base)
+        rows = layer_gates(reader, specs, recipe.gate_mode.removesuffix("_last"), layers)
     rows = rows * recipe.gate_scale
     routed = rows[:, : len(recipe.experts)].contiguous()
     return Gates(routed, rows[:, len(recipe.experts)].contiguous() if parts.gated else None)
