@@ -12,7 +12,7 @@ import torch
 
 from modelglue.checkpoint import Checkpoint, JoinedCheckpoint, MergedCheckpoint, RenamedCheckpoint, SafetensorsCheckpoint, save
 from modelglue.checkpoint.engine.workers import run_tasks
-from modelglue.checkpoint.formats.mapped import MAPPED_BYTES
+from modelglue.checkpoint.formats.pages import MAPPED_BYTES
 from modelglue.checkpoint.output.memory import DEFAULT_BYTES, PROCESS_BYTES, WORKER_BYTES, divide
 from modelglue.checkpoint.protocol import TensorInfo
 from modelglue.errors import UserError
@@ -106,6 +106,18 @@ def test_model_on_disk_costs_the_pages_that_it_maps(tmp_path: Path) -> None:
     assert isinstance(zoo[0], SafetensorsCheckpoint)
     assert zoo[0].working_bytes("embed.weight", 10**9) == MAPPED_BYTES
     assert merge_of(zoo, "linear").working_bytes("scale", 10) == 3 * MAPPED_BYTES + (3 * 3 + 8) * 4
+
+
+def test_what_is_left_keeps_pages_mapped(tmp_path: Path) -> None:
+    """Up to 128 MiB a worker, and never beyond the limit."""
+    merged = merge_of(write_zoo(tmp_path / "zoo"), "linear")
+    assert divide(merged, memory=None, workers=2, fixed_workers=False).mapped == 2**27
+    tight = divide(merged, memory=PROCESS_BYTES + 2 * 100_000_000, workers=2, fixed_workers=False)
+    need = 100_000_000 - tight.mapped
+    assert tight.workers == 2
+    assert need == WORKER_BYTES + max(merged.working_bytes(name, min(tight.chunk, merged.info(name).numel)) for name in merged.names())
+    alone = divide(merged, memory=PROCESS_BYTES + need, workers=2, fixed_workers=False)
+    assert (alone.workers, alone.mapped) == (1, 0)
 
 
 def test_whole_matrices_are_held_one_at_a_time_where_there_is_room_for_one() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from modelglue.checkpoint.formats.header import Entry, is_text, read_header, shown
-from modelglue.checkpoint.formats.mapped import MAPPED_BYTES, MappedFiles
+from modelglue.checkpoint.formats.mapped import MappedFiles
+from modelglue.checkpoint.formats.pages import MAPPED_BYTES
 from modelglue.checkpoint.formats.shards import SAFETENSORS, WeightFormat, check_index, find_shards, read_object
 from modelglue.checkpoint.formats.side_files import side_files
 from modelglue.checkpoint.identity import content_identity
@@ -145,8 +146,6 @@ class SafetensorsCheckpoint(DiskCheckpoint):
         view = self._files.view(number, entry.begin + start * item, count, info.dtype)
         if out is not None:
             view = out.copy_(view)
-        if count > 0:
-            self._files.let_go(number, count * item)
         return view
 
     def together(self, names: Sequence[str]) -> torch.Tensor:
@@ -159,10 +158,7 @@ class SafetensorsCheckpoint(DiskCheckpoint):
             return super().together(names)
         number, first = places[0]
         size = places[-1][1].end - first.begin
-        view = self._files.view(number, first.begin, size // ITEM_SIZE[first.info.dtype], first.info.dtype)
-        if size:
-            self._files.let_go(number, size)
-        return view
+        return self._files.view(number, first.begin, size // ITEM_SIZE[first.info.dtype], first.info.dtype)
 
 
 def hub_id_of(path: Path) -> str | None:

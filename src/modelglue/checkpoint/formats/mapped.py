@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
+import weakref
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modelglue.checkpoint.formats import pages
 from modelglue.checkpoint.protocol import ITEM_SIZE
 from modelglue.checkpoint.tensors import torch_dtype
 from modelglue.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
-
-#: bytes that may be read from a model's files before their pages are let go; they count as private memory while one process maps them
-MAPPED_BYTES = 2**23
-#: what reading a few bytes may map: the kernel maps the whole block of the page cache that they stand in
-_MAPPED_AT_ONCE = 2**21
 
 
 class MappedFiles:
@@ -33,38 +27,31 @@ class MappedFiles:
         self.paths = tuple(paths)
         self._sizes = tuple(sizes)  # what the headers have promised, checked again when a file is mapped
         self._maps: dict[int, memoryview] = {}
-        self._touched: set[int] = set()  # files read since pages were last let go
-        self._read = 0  # bytes of them
+        self._owner = next(pages.owners)
+        weakref.finalize(self, pages.gone, self._owner).atexit = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}, "_touched": set(), "_read": 0}
+        return {"paths": self.paths, "_sizes": self._sizes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["paths"], state["_sizes"])  # type: ignore[misc]
 
     def view(self, number: int, offset: int, count: int, dtype: str) -> torch.Tensor:
-        """`count` elements from byte `offset` of file `number`: a view, or a copy of just these where the file has them unaligned."""
+        """`count` elements from byte `offset` of file `number`: a view, or a copy of just these where the file has them unaligned.
+
+        Views stay valid, though pages are let go now and then, so that a streaming process does not seem to own all of its inputs: a
+        page that is touched again comes back from the page cache.
+        """
         import torch
 
         kind, item = torch_dtype(dtype), ITEM_SIZE[dtype]
         if count <= 0:
             return torch.empty(0, dtype=kind)
+        if sum(self._sizes) > pages.BLOCK:  # else all there is, is no more than one read may map
+            pages.touch(self._owner, self._map(number), offset, count * item)
         if offset % item:  # legal in foreign files; a view needs aligned elements
             return torch.frombuffer(bytearray(self._map(number)[offset : offset + count * item]), dtype=kind)
         return torch.frombuffer(self._map(number), dtype=kind, count=count, offset=offset)
-
-    def let_go(self, number: int, size: int) -> None:
-        """`size` bytes were read: let go of pages now and then, so that a streaming process does not seem to own all of its inputs.
-
-        Views stay valid: a page that is touched again comes back from the page cache.
-        """
-        if sum(self._sizes) <= _MAPPED_AT_ONCE:
-            return  # all there is, is no more than one read may map
-        self._touched.add(number)
-        self._read += max(size, _MAPPED_AT_ONCE)
-        if self._read > MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
-            for touched in self._touched:
-                mapping = self._map(touched)
-                begin = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-                _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(len(mapping)), mmap.MADV_DONTNEED)
-            self._touched, self._read = set(), 0
 
     def _map(self, number: int) -> memoryview:
         import torch
@@ -84,12 +71,6 @@ class MappedFiles:
             except (RuntimeError, UnicodeEncodeError) as error:
                 raise CheckpointError(f"{path}: cannot be mapped into memory ({error}).") from error
         return self._maps[number]
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    """The C library, for the advice that torch's mappings cannot give."""
-    return ctypes.CDLL(None)
 
 
 def _shorter(path: Path) -> CheckpointError:

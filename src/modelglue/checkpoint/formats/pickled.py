@@ -49,8 +49,6 @@ class PickledCheckpoint(DiskCheckpoint):
             view = self._gather(number, placed, start, start + count)
         if out is not None:
             view = out.copy_(view)
-        if count > 0:
-            self._files.let_go(number, count * item)
         return view
 
     def _gather(self, number: int, placed: Placed, start: int, stop: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ class Execution:
     workers: int | None  # as asked for
 
     def filling(self, checkpoint: Checkpoint, plan: Plan, folder: Path) -> Filling:
-        return Filling(checkpoint, plan, folder, self.division.chunk, self.devices, self.cluster is not None)
+        return Filling(checkpoint, plan, folder, self.division.chunk, self.division.mapped, self.devices, self.cluster is not None)
 
     def prepare(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
         """Surveys of the whole model run here, on the first device if there is one."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from modelglue.checkpoint.engine.device import lanes_of, pipelined
 from modelglue.checkpoint.engine.workers import worker_number
+from modelglue.checkpoint.formats.pages import keeping
 from modelglue.checkpoint.output.plan import Plan, Task
 from modelglue.checkpoint.protocol import Checkpoint
 from modelglue.errors import RunError
@@ -21,14 +22,16 @@ _STEP = 2**20
 class Filling:
     """What all tasks of one output share.
 
-    `chunk`: elements computed at a time. `devices`: where, one for each worker in turn; none is the processor. `durable`: a task's bytes
-    are on the disk before it is reported done, which who journals on another machine could not see to.
+    `chunk`: elements computed at a time. `mapped`: bytes of the inputs that a worker may keep mapped. `devices`: where, one for each
+    worker in turn; none is the processor. `durable`: a task's bytes are on the disk before it is reported done, which who journals on
+    another machine could not see to.
     """
 
     checkpoint: Checkpoint
     plan: Plan
     folder: Path
     chunk: int
+    mapped: int = 0
     devices: tuple[str, ...] = ()
     durable: bool = False
 
@@ -47,7 +50,8 @@ def fill(state: Filling, task: Task | Digest) -> dict[str, str]:
     """
     if isinstance(task, Digest):
         return {task.name: _digest_of(state, task.name)}
-    return _write_pieces(state, task)
+    with keeping(state.mapped):
+        return _write_pieces(state, task)
 
 
 def whole_tensors(checkpoint: Checkpoint, task: Task) -> set[str]:

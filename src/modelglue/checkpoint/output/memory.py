@@ -18,15 +18,20 @@ PROCESS_BYTES = 260_000_000
 #: what a forked worker has of its own before it holds a chunk, and what a survey keeps of a tensor
 WORKER_BYTES = 40_000_000
 _SMALLEST_CHUNK = 2**16
+#: pages beyond `MAPPED_BYTES` that a worker keeps mapped at most where memory is left: a tensor of several large models
+_MAPPED_MOST = 2**27
 
 
 @dataclass(frozen=True)
 class Division:
-    """Workers and elements of a chunk; and the bytes that tasks in work may take together, the unit of `cost`."""
+    """Workers and elements of a chunk; the bytes that tasks in work may take together, the unit of `cost`; and the bytes of the inputs that
+    each worker may keep mapped, because nothing else needs them.
+    """
 
     workers: int
     chunk: int
     capacity: int
+    mapped: int
 
     def cost(self, checkpoint: Checkpoint, task: Task) -> int:
         """Bytes that a worker takes while it does this task."""
@@ -58,7 +63,8 @@ def divide(checkpoint: Checkpoint, *, memory: int | None, workers: int, fixed_wo
     usual = WORKER_BYTES + _median(checkpoint, names, sizes[best])
     affordable = max((limit - PROCESS_BYTES) // usual, 1)
     kept = workers if memory is None and fixed_workers else min(workers, affordable)
-    return Division(kept, sizes[best], max(limit - PROCESS_BYTES, needs[best]))
+    spare = (limit - PROCESS_BYTES) // kept - needs[best]
+    return Division(kept, sizes[best], max(limit - PROCESS_BYTES, needs[best]), min(max(spare, 0), _MAPPED_MOST))
 
 
 def _largest(checkpoint: Checkpoint, names: Iterable[str], chunk: int) -> int:
