@@ -263,6 +263,12 @@ def test_hops_may_be_layers_of_a_merge_which_is_made_once() -> None:
     torch.testing.assert_close(found.tensor(name), (MODELS["a"].tensor(name) + MODELS["b"].tensor(name)) / 2)
     assert torch.equal(found.tensor("lm_head.weight"), MODELS["a"].tensor("lm_head.weight"))
     assert read_recipe(found.describe()).hops[2].layer == 2
+    halves = {
+        name: TensorsCheckpoint({one: model.tensor(one).bfloat16() for one in model.names()}, model.config)
+        for name, model in MODELS.items()
+    }
+    stored = build(recipe, resolve=halves.__getitem__)
+    assert {stored.info(one).dtype for one in stored.names()} == {"BF16"}, "layers of a merge are rounded as if it had been written"
 
 
 def test_what_a_path_is_stored_in() -> None:

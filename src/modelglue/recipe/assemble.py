@@ -21,7 +21,7 @@ from modelglue.recipe.inputs import Inputs, merged_fields, replacing
 from modelglue.recipe.into import put_into
 from modelglue.recipe.parts import rest_of
 from modelglue.recipe.plan import Piece, Plan, plan
-from modelglue.recipe.schema import Into, Recipe
+from modelglue.recipe.schema import Dtype, Into, Recipe
 from modelglue.recipe.settings import distinct_values
 
 _LONG = {short: name for name, short in STORE_DTYPES.items()}
@@ -54,6 +54,11 @@ def assemble(recipe: Recipe, resolve: Callable[[str], Checkpoint], *, strict: bo
     return Built(checkpoint, warnings, alignment, context.passes)
 
 
+def _as_stored(recipe: Recipe) -> Recipe:
+    """A merge whose layers are taken over as they are: it is rounded as if it had been written."""
+    return recipe if recipe.dtype.store is not None else recipe.model_copy(update={"dtype": Dtype(store="donor")})
+
+
 @dataclass
 class _Context:
     """What nested recipes share: every reference is opened once, every nested recipe that stands there twice is built once."""
@@ -78,7 +83,7 @@ class _Context:
     def assembled(self, recipe: Recipe, store: str | None) -> tuple[Checkpoint, AlignmentReport | None]:
         if not recipe.hops:
             return _Assembly(self, recipe, store).run()
-        folded = along_hops(recipe, lambda node: self.open(node) if isinstance(node, str) else self.build(node), store)
+        folded = along_hops(recipe, lambda node: self.open(node) if isinstance(node, str) else self.build(_as_stored(node)), store)
         self.warnings += [recipe.origin.fault(("hops",), text) for text in folded.warnings]
         return folded.checkpoint, None
 
