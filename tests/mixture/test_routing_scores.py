@@ -12,11 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelglue.errors import CheckpointError, UserError
-from modelglue.mixture import ExpertSpec, Mixture, RouterSpec, read_manifest, write_mixture
+from modelglue.mixture import ExpertSpec, Mixture, Reader, RouterSpec, read_manifest, write_mixture
 from modelglue.mixture.gates import LinearGate, MlpGate, gate_from
-from modelglue.mixture.routing import Fit, Frame, LearnedRouter, ScoredItem, ScoredItems, fit_gate, learn_router, temperature_of
+from modelglue.mixture.levels import LevelSpec
+from modelglue.mixture.routing import (
+    Fit,
+    Frame,
+    LearnedRouter,
+    ScoredItem,
+    ScoredItems,
+    fit_gate,
+    learn_layer_gates,
+    learn_router,
+    temperature_of,
+)
 from modelglue.recipe import Scores, paired_interval
+from tests.mixture.levels_making import mixture, model
 from tests.mixture.making import two_experts
+from tests.models.tiny import letters
 
 KINDS = ["linear", "mlp"]
 
@@ -275,6 +288,24 @@ def test_texts_that_the_encoder_cannot_read(tmp_path: Path) -> None:
     nothing = tuple(ScoredItem(item.task, item.id, "", item.values) for item in items.items)
     with pytest.raises(UserError, match="no scored text has a token in the encoder's vocabulary"):
         learn_router(experts, ScoredItems(items.experts, nothing), ROUTER, Fit(), encoder=experts[0].path)
+
+
+def test_gates_of_blocks_learn_from_the_scores_of_complete_models() -> None:
+    """One fit per layer; the mixture routes its prompts as the scores ask, at every layer that decides."""
+    live = [model("llama", seed) for seed in range(2)]
+    reader = Reader(live[0], letters(), 0)
+    items = letters_and_digits()
+    made = learn_layer_gates(reader, items, [0, 1], Fit())
+    for layer, gate in made.items():
+        states = reader.pooled_at([layer], items.texts, "prompt")[layer]
+        right = [item.values.index(1.0) if item.task == "words" else 1 for item in items.items]
+        assert gate.logits(states).argmax(dim=1).tolist() == right
+    mixed = mixture(live, LevelSpec("block", "sample"), gate=made)
+    ids = torch.tensor([[1, *letters()(text, add_special_tokens=False)["input_ids"]] for text in ("cab", "321")])
+    mixed(ids, prompt_length=4)
+    assert mixed.routing.logits[0].argmax(dim=1).tolist() == [0, 1]
+    with pytest.raises(UserError, match="all experts score alike on every item"):
+        learn_layer_gates(reader, items_of(("t", "a", (1, 1))), [0], Fit())
 
 
 # -- gates on disk ----------------------------------------------------------------------------------------------------------------

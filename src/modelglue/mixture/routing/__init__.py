@@ -2,7 +2,7 @@
 
 from modelglue.mixture.routing.fit import Fit, Frame, fit_gate, temperature_of
 from modelglue.mixture.routing.gradient import Gated, GateTraining, Gating, balance_term, schedule, train_gates
-from modelglue.mixture.routing.learn import LearnedRouter, learn_router
+from modelglue.mixture.routing.learn import LearnedRouter, learn_layer_gates, learn_router
 from modelglue.mixture.routing.perplexity import bits_per_character, perplexity_weights
 from modelglue.mixture.routing.scored import ScoredItem, ScoredItems
 from modelglue.mixture.routing.texts import GatedModel, Row, gates_of, read_rows, rows_of
@@ -22,6 +22,7 @@ __all__ = [
     "bits_per_character",
     "fit_gate",
     "gates_of",
+    "learn_layer_gates",
     "learn_router",
     "perplexity_weights",
     "read_rows",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint import open_checkpoint
 from modelglue.errors import UserError
+from modelglue.mixture.gates import Gate
 from modelglue.mixture.prompted import PromptRouter, prompt_router
 from modelglue.mixture.router import Reader
 from modelglue.mixture.routing.fit import Fit, Fitted, Frame, fit_gate, temperature_of, with_penalty
@@ -261,3 +262,23 @@ class _Problem:
         values, weights = self.items.values(), self.items.weights()
         chosen = values.gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
         return float((chosen * weights)[rows].sum() / weights[rows].sum())
+
+
+def learn_layer_gates(reader: Reader, items: ScoredItems, layers: Sequence[int], fit: Fit, span: str = "prompt") -> dict[int, Gate]:
+    """A gate for every layer of a mixture of blocks: fitted to the experts' scores as complete models, on the states that enter the layer.
+
+    The states are those of the model behind `reader`, the shared one; in the mixture they are what earlier layers' experts made of them. No
+    joint pass through the mixture is needed. Raises UserError if the items tell no expert from another. Time: one pass of all texts,
+    then a fit per layer.
+    """
+    from modelglue.checkpoint.engine.workers import single_thread
+
+    if items.telling == 0:
+        raise UserError("all experts score alike on every item: there is nothing to learn a router from. Give other items.")
+    with single_thread():
+        pooled = _pooled(reader, layers, items.texts, span)
+        found: dict[int, Gate] = {}
+        for layer in layers:
+            frame = Frame.of(pooled[layer])
+            found[layer] = fit_gate(frame.apply(pooled[layer]), items.values(), items.weights(), fit).gate(frame)
+    return found
