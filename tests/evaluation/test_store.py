@@ -63,6 +63,15 @@ def test_what_was_added_is_known_ever_after(path: Path) -> None:
     assert rows(path) == [("m", "x", 1.0), ("m", "y", 0.25), ("m", "z", None), ("n", "x", 0.0)]
 
 
+def test_more_items_than_a_query_takes(path: Path) -> None:
+    scores = {f"{number}": number / 4096 for number in range(2100)}
+    with ScoreStore(path) as store:
+        store.add("n", "", marks(dict.fromkeys(scores, 0.5)))
+        store.add("m", "", marks(scores))
+        assert values(store.known("m", ["other", *scores, "0"])) == scores
+        assert store.asked() == (1, 2101)
+
+
 def test_a_value_that_is_there_stays(path: Path) -> None:
     with ScoreStore(path) as store:
         store.add("m", "first", marks({"x": 1.0}))

@@ -9,8 +9,9 @@ import pytest
 
 from modelglue.studies import run_search
 from tests.small_zoo import write_yaml
-from tests.studies.conftest import outcome_of, search_file
+from tests.studies.conftest import SKILLS, outcome_of, search_file
 
+TASKS = {"include": "tasks", **{split: [f"{skill}_{split}" for skill in SKILLS] for split in ("proxy", "confirmation")}}
 SPACE = {"method": "task_arithmetic", "parameters": {"weight": [-1.0, 2.0]}}
 SEARCHES: dict[str, dict[str, Any]] = {
     "racing": {"searcher": {"name": "random", "trials": 8}, "batch": 4, "space": SPACE, "fitness": {"chunk": 5}},
@@ -20,7 +21,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_two_and_four_workers_are_one(home: Path, name: str) -> None:
-    file = write_yaml(home / f"{name}.yaml", search_file(**SEARCHES[name]))
+    file = write_yaml(home / f"{name}.yaml", search_file(tasks=TASKS, **SEARCHES[name]))
     one = run_search(file, home / name / "1")
     expected = outcome_of(one.folder)
     for workers in (2, 4):

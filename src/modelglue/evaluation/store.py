@@ -34,6 +34,8 @@ PRAGMA user_version = {_VERSION};
 COMMIT;
 """
 _HEADER = ("SELECT count(*) FROM sqlite_master", "PRAGMA application_id", "PRAGMA user_version")
+#: how many values a query may be given, in every version of SQLite
+_VARIABLES = 900
 #: seconds to wait for another process that is committing
 _PATIENCE = 60.0
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -111,12 +113,18 @@ class ScoreStore:
 
     def known(self, model: str, items: Sequence[str]) -> dict[str, Mark]:
         """Marks of those of `items` that have been scored for `model`; the value is NaN where the model answered NaN."""
-        wanted = set(items)
+        wanted = list(dict.fromkeys(items))
         self._asked.setdefault(model, set()).update(wanted)
-        rows = self._rows(
-            "SELECT item, value, loss, answer, tokens FROM scores JOIN models ON models.id = scores.model WHERE models.key = ?", model
-        )
-        return {item: Mark(math.nan if value is None else value, *besides) for item, value, *besides in rows if item in wanted}
+        found: dict[str, Mark] = {}
+        for start in range(0, len(wanted), _VARIABLES):
+            some = wanted[start : start + _VARIABLES]
+            rows = self._rows(
+                "SELECT item, value, loss, answer, tokens FROM scores WHERE model = (SELECT id FROM models WHERE key = ?) "
+                f"AND item IN ({', '.join('?' * len(some))})",
+                model, *some,
+            )  # fmt: skip
+            found |= {item: Mark(math.nan if value is None else value, *besides) for item, value, *besides in rows}
+        return found
 
     def complete(self, items: Sequence[str]) -> list[dict[str, float]]:
         """The values of `items` for every model that has them all and never answered NaN, in the order of the models' keys."""
