@@ -67,7 +67,7 @@ class Everything:
             raise UserError(f"task {', '.join(empty)}: has no items, so candidates cannot be scored on it. Leave it out.")
         if not self.racing:
             return [items]
-        rounds = schedule({task: len(ids) for task, ids in items.items()}, self.chunk)
+        rounds = self._rounds({task: len(ids) for task, ids in items.items()})
         before = [dict.fromkeys(items, 0), *rounds]
         return [
             {task: items[task][start[task] : stop[task]] for task in items if stop[task] > start[task]}
@@ -76,3 +76,29 @@ class Everything:
 
     def tasks(self, scores: Scores) -> Mapping[str, float]:
         return scores.tasks()
+
+    def _rounds(self, sizes: Mapping[str, int]) -> list[dict[str, int]]:
+        """Items of every task that are scored after each part."""
+        return schedule(sizes, self.chunk)
+
+
+@dataclass(frozen=True)
+class Halving(Everything):
+    """Successive halving, as in a bracket of Hyperband (arXiv 1603.06560): of the candidates that are asked for together, all are scored on
+    `chunk` items, the best 1 / `eta` of them on `eta` times as many, and so on; only the last ones are scored on everything.
+    """
+
+    eta: int = 3
+
+    def kept(self, count: int) -> int:
+        """How many of so many candidates go on."""
+        return max(1, -(-count // self.eta))
+
+    def _rounds(self, sizes: Mapping[str, int]) -> list[dict[str, int]]:
+        total = sum(sizes.values())
+        rungs, size = [], self.chunk
+        while size < total:
+            rungs.append(size)
+            size *= self.eta
+        found = [{task: max(1, round(rung * count / total)) for task, count in sizes.items()} for rung in rungs]
+        return [one for one, after in zip(found, [*found[1:], None], strict=True) if one not in (after, sizes)] + [dict(sizes)]

@@ -14,7 +14,7 @@ from modelglue.search.cma import TRIALS, CmaSearch, StagedSearch
 from modelglue.search.dataflow import DataFlowSearch, after_parameters
 from modelglue.search.decode import Decoder, MergeSpace, NearbySpace
 from modelglue.search.evolution import EvolutionSearch
-from modelglue.search.fitness import Everything, Fitness
+from modelglue.search.fitness import Everything, Fitness, Halving
 from modelglue.search.genome_space import GenomeSpace
 from modelglue.search.grid import GridSearch
 from modelglue.search.heuristics import HeuristicSearch, SimilarityTo
@@ -70,8 +70,10 @@ class ObjectiveSettings(Group):
 class FitnessSettings(Group):
     """On which items candidates are scored."""
 
-    kind: Literal["racing", "everything", "item_response"] = "racing"
+    kind: Literal["racing", "everything", "halving", "item_response"] = "racing"
     chunk: Annotated[int, Field(ge=1)] = 25
+    eta: Annotated[int, Field(ge=2)] = 3
+    """Of `halving`: one in so many candidates goes on, with so many times the items."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Only the first so many items of every task."""
     items: Annotated[int, Field(ge=1)] = 50
@@ -96,7 +98,7 @@ class BudgetSettings(Group):
 
 
 #: keys that no search had at first; left at their defaults they change nothing, so older searches go on
-_LATER: Mapping[str, tuple[str, ...]] = {"space": ("genome", "only_filtered"), "fitness": ("item_parameters", "responses")}
+_LATER: Mapping[str, tuple[str, ...]] = {"space": ("genome", "only_filtered"), "fitness": ("item_parameters", "responses", "eta")}
 
 
 class SearchSettings(Group):
@@ -162,6 +164,8 @@ def make_fitness(settings: SearchSettings, facts: Facts) -> Fitness:
             settings.members, size=said.items, mode=said.mode, share=said.share, extract=said.extract, seed=settings.seed,
             parameters=facts.items, responses=facts.responses,
         )  # fmt: skip
+    if said.kind == "halving":
+        return Halving(True, said.chunk, said.limit, said.eta)
     return Everything(said.kind == "racing", said.chunk, said.limit)
 
 
@@ -214,7 +218,7 @@ def _cma(settings: SearchSettings, facts: Facts, options: _Options) -> Searcher:
 
 def _from_heuristic(settings: SearchSettings, options: _Options) -> Searcher:
     """Heuristic-Coefficient first, then CMA-ES on small changes to its coefficients (Model-GLUE, arXiv 2410.05357)."""
-    width, free_zero = float(options.pop("delta", 0.1)), bool(options.pop("free_zero", True))
+    width, free_zero, coarse = float(options.pop("delta", 0.1)), bool(options.pop("free_zero", True)), bool(options.pop("coarse", False))
     if settings.space.method != "linear" or settings.space.granularity != "model":
         raise UserError("searcher cma: a heuristic start is for linear merges of whole models. Leave init out, or search those.")
     members = settings.members
@@ -225,7 +229,7 @@ def _from_heuristic(settings: SearchSettings, options: _Options) -> Searcher:
         search = CmaSearch(space, **{"start": dict.fromkeys(members, 0.0), "patience": 2, "name": "heuristic", "trials": None, **options})
         return search.lasting(50, 4)
 
-    heuristic = HeuristicSearch(members, "coefficient")
+    heuristic = HeuristicSearch(members, "coefficient", coarse=coarse)
     return StagedSearch(lambda _: heuristic, refined)
 
 

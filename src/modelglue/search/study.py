@@ -14,7 +14,7 @@ from typing import Any
 
 from modelglue.errors import CheckpointError, MergeError, ModelGlueError, RecipeError, RunError, UserError
 from modelglue.recipe import WHOLE, Candidate, Cost, Evaluator, Plan, Request, Scores, Status
-from modelglue.search.fitness import Everything, Fitness, Part
+from modelglue.search.fitness import Everything, Fitness, Halving, Part
 from modelglue.search.journal import Asked, Journal, as_text
 from modelglue.search.objective import Objective
 from modelglue.search.racing import Gap, compare, leader_of
@@ -198,7 +198,8 @@ class Study:
         behind: dict[int, tuple[int, Gap]] = {}  # id -> who is ahead, and by how much
         order: list[int] = []
         active = list(proposals)
-        against_any = racing != "off" and (bool(incumbents) or (racing == "batch" and len(active) > 1))
+        together = racing == "batch" or isinstance(self.fitness, Halving)
+        against_any = racing != "off" and (bool(incumbents) or (together and len(active) > 1))
         begun = any(self._rows[id_] != id_ for id_ in active)  # and what has begun in parts goes on in parts
         parts = self._prepared if against_any or begun else [_whole(self._prepared)]
         for number, part in enumerate(parts):
@@ -231,6 +232,8 @@ class Study:
     def _losers(
         self, active: Sequence[int], scores: Mapping[int, Scores], incumbents: Sequence[Outcome], racing: Racing
     ) -> dict[int, tuple[int, Gap]]:
+        if isinstance(self.fitness, Halving):
+            return self._lower(active, scores, self.fitness.kept(len(active)))
         standing = [(outcome.id, outcome.scores) for outcome in incumbents]
         if racing == "batch":
             standing += [(id_, scores[id_]) for id_ in active]
@@ -239,6 +242,11 @@ class Study:
         leader, ahead = standing[leader_of(standing, self.objective)]
         gaps = {id_: compare(scores[id_], ahead, self.objective) for id_ in active if id_ != leader}
         return {id_: (leader, gap) for id_, gap in gaps.items() if gap.behind}
+
+    def _lower(self, active: Sequence[int], scores: Mapping[int, Scores], kept: int) -> dict[int, tuple[int, Gap]]:
+        """All but the best so many on what they have scored; the earlier stay on ties."""
+        order = sorted(active, key=lambda id_: (-self.objective(scores[id_].tasks()), id_))
+        return {id_: (order[0], compare(scores[id_], scores[order[0]], self.objective)) for id_ in order[kept:]}
 
     def _outcome(self, id_: int, proposal: Proposal, scores: Scores) -> Outcome:
         if scores.status != "ok":
