@@ -16,7 +16,7 @@ from modelglue import errors
 from modelglue.cli.app import COMMANDS, app
 
 NAMES = """
-Checkpoint Mixture ModelGlueError RunError UserError __version__ check diff evaluate find_families glue load_into load_live merge method
+Checkpoint Mixture ModelGlueError RunError UserError __version__ check diff evaluate find_families glue load_into load_live merge method mix
 open save select similarity
 """.split()  # noqa: SIM905
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from modelglue.glue import glue
     from modelglue.methods import method
     from modelglue.mixture import Mixture
+    from modelglue.mixture.levels import mix
     from modelglue.models import load_into, load_live
     from modelglue.recipe import check, merge
     from modelglue.search import select
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Checkpoint": "checkpoint", "save": "checkpoint", "ModelGlueError": "errors", "RunError": "errors", "UserError": "errors",
-    "evaluate": "evaluation", "glue": "glue", "method": "methods", "Mixture": "mixture", "load_into": "models",
+    "evaluate": "evaluation", "glue": "glue", "method": "methods", "mix": "mixture.levels", "Mixture": "mixture", "load_into": "models",
     "load_live": "models", "check": "recipe", "merge": "recipe", "select": "search", "diff": "zoo",
     "find_families": "zoo", "similarity": "zoo",
 }  # fmt: skip
@@ -46,6 +47,7 @@ __all__ = [
     "load_live",
     "merge",
     "method",
+    "mix",
     "open",
     "save",
     "select",

@@ -288,6 +288,7 @@ class Mixture:
     config: Any
     routing: Routing
     backbone: Any
+    stock_signature: Any
     forward: Any
     training: bool
     generation_config: Any
@@ -296,11 +297,10 @@ class Mixture:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         stock: Any = next(base for base in cls.__mro__[1:] if "forward" in vars(base) and not issubclass(base, Mixture))
-        cls.backbone = stock
+        cls.backbone, cls.stock_signature = stock, inspect.signature(stock.forward)
         kept = getattr(stock, "_keep_in_fp32_modules_strict", None) or ()
         cls._keep_in_fp32_modules_strict = {*kept, "router"}  # type: ignore[attr-defined]
-        signature = inspect.signature(stock.forward)
-        names = list(signature.parameters.values())
+        names = list(cls.stock_signature.parameters.values())
         extra = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("prompt_length", "output_router_logits")
         ]
@@ -311,7 +311,7 @@ class Mixture:
 
         forward: Any = mixed
         forward.__doc__ = stock.forward.__doc__
-        forward.__signature__ = signature.replace(parameters=[*names[:at], *extra, *names[at:]])
+        forward.__signature__ = cls.stock_signature.replace(parameters=[*names[:at], *extra, *names[at:]])
         cls.forward = forward
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -364,7 +364,7 @@ class Mixture:
 
     def _mixed_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         stock = self.backbone.forward
-        bound = inspect.signature(stock).bind_partial(self, *args).arguments
+        bound = self.stock_signature.bind_partial(self, *args).arguments
         bound.pop("self", None)
         kwargs = {**bound, **kwargs}
         prompt, wants_logits = kwargs.pop("prompt_length", None), kwargs.pop("output_router_logits", None)
@@ -377,7 +377,7 @@ class Mixture:
         mask: Any = kwargs.get("attention_mask")
         plain = isinstance(mask, Tensor) and mask.dim() == 2
         real = mask[:, -tokens.shape[1] :].bool() if plain else torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        if plain and not official and kwargs.get("position_ids") is None and "position_ids" in inspect.signature(stock).parameters:
+        if plain and not official and kwargs.get("position_ids") is None and "position_ids" in self.stock_signature.parameters:
             kwargs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         self.routing.logits = {}
         if self.routing.by_sample:
@@ -404,7 +404,7 @@ class Mixture:
 
     def _routed_cache(self, kwargs: dict[str, Any], *, official: bool) -> Any:
         """The cache of this call (None without one), with a place for the decision in every mixed layer."""
-        name = next(name for name in CACHE_NAMES if name in inspect.signature(self.backbone.forward).parameters)
+        name = next(name for name in CACHE_NAMES if name in self.stock_signature.parameters)
         for other in CACHE_NAMES:
             if other != name and other in kwargs:
                 kwargs[name] = kwargs.pop(other)
