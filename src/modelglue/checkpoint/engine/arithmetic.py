@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 #: chunks of a survey are whole blocks, so that sums come out the same whatever the chunk of the merge
 SURVEY_ELEMENTS = max(CHUNK_ELEMENTS // BLOCK_ELEMENTS, 1) * BLOCK_ELEMENTS
+#: so many of them at a time where a round takes them as they are stored: it goes through them block by block, so only calls are saved
+_RAW_CHUNKS = 4
 
 
 @dataclass(frozen=True)
@@ -410,8 +412,8 @@ class Engine:
             begin, info = offsets[name], self._job.outputs[name]
             part = unit_shape(round_.unit, info.shape)
             shape = {"element": None, "matrix": info.shape}.get(round_.unit, (-1, *part))
-            for start, stop in _survey_chunks(info.numel, math.prod(part), begin, wanted):
-                raw = round_.sound is not None
+            raw = round_.sound is not None
+            for start, stop in _survey_chunks(info.numel, math.prod(part), begin, wanted, raw=raw):
                 models, base, uniform = self._inputs(name, start, stop, shape, raw=raw, check=not raw)
                 with device.there():
                     partial = round_.gather(models, base, uniform, known, begin + start, parameters)
@@ -448,10 +450,16 @@ class Engine:
             return self._spilled[name]
 
 
-def _survey_chunks(numel: int, part: int, begin: int, wanted: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
+def _survey_chunks(
+    numel: int, part: int, begin: int, wanted: Sequence[tuple[int, int]] | None, *, raw: bool = False
+) -> list[tuple[int, int]]:
     """The chunks that a round visits: whole parts, all of them or those that the wanted ranges (shifted by `begin`) touch, once each."""
     if wanted is None:
-        most = SURVEY_ELEMENTS if device.current() is None else max(SURVEY_ELEMENTS, device.DEVICE_CHUNK_ELEMENTS)
+        most = (
+            SURVEY_ELEMENTS * (_RAW_CHUNKS if raw else 1)
+            if device.current() is None
+            else max(SURVEY_ELEMENTS, device.DEVICE_CHUNK_ELEMENTS)
+        )
         step = max(most // part, 1) * part if part else 1
         return [(at, min(at + step, numel)) for at in range(0, numel, step)]
     chunks: list[tuple[int, int]] = []
