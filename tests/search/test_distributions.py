@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from modelglue.errors import UserError
 from modelglue.recipe import Candidate, Scores
+from modelglue.search import SearchReport, SearchSettings, SyntheticEvaluator, run_study
 from modelglue.search.cma import CmaSearch
 from modelglue.search.distributions import Mixed, Numbers
 from modelglue.search.randomness import rng
@@ -118,3 +120,26 @@ def test_points_stay_in_the_cube() -> None:
         assert points.min() >= 0
         assert points.max() <= 1
         assert points.std() > 0.1
+
+
+def test_a_mixed_search_goes_on_where_its_budget_ended(tmp_path: Path) -> None:
+    """Replayed from what it was told: whole numbers, choices and weights alike."""
+    evaluator = SyntheticEvaluator(3, 1, 40)
+
+    said = {"normalize": [False, True], "agreeing": {"choices": ["sum", "largest"]}, "density": 0.5}
+
+    def run(folder: Path | None, candidates: int) -> SearchReport:
+        settings = SearchSettings(
+            members=("m0", "m1", "m2"), base="o", budget={"candidates": candidates}, fitness={"kind": "everything"},  # type: ignore[arg-type]
+            space={"method": "ties", "parameters": said},  # type: ignore[arg-type]
+        )  # fmt: skip
+        return run_study(settings, evaluator, folder)
+
+    whole = run(None, 40)
+    run(tmp_path, 17)
+    found = run(tmp_path, 40)
+    assert [(one.id, dict(one.proposal.params), one.value) for one in found.outcomes] == [
+        (one.id, dict(one.proposal.params), one.value) for one in whole.outcomes
+    ]
+    assert found.searcher["distribution"] == "mixed"
+    assert {one.proposal.params["normalize"] for one in found.outcomes} == {False, True}
