@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from modelglue.mixture.levels import mix, prepare, read_mix
 from modelglue.mixture.levels.from_zoo import from_zoo
 from modelglue.models import LiveTextModel, load_live, load_tokenizer
 from modelglue.recipe import parse_document
+from tests.conftest import REPOSITORY
 from tests.mixture.levels_making import logits, some_ids
 from tests.models.tiny import letters, pieces, saved_model
 
@@ -113,6 +115,13 @@ def test_prompts_come_from_the_expert_its_file_or_its_domain(zoo: Path) -> None:
     ]  # fmt: skip
     assert recipe.experts[2].prompts.negative[:2] == ["chat", "assistant"]
     assert read_mix(value("a", "b", router={"gate_mode": "random"}) | {"experts": [{"model": "a"}, {"model": "b"}]})[1].top_k == 1
+
+
+def test_the_files_of_the_documents_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "math-prompts.txt").write_text("1 + 1\n")
+    blocks = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "docs" / "mixtures.md").read_text(encoding="utf-8"), re.DOTALL)
+    found = [read_mix(parse_document(block, "mixtures.md"), tmp_path)[1] for block in blocks if "experts:" in block]
+    assert [one.name for one in found[0].experts] == ["chat", "coder", "math"]
 
 
 def test_a_zoo_file_is_a_mixture_and_its_faults_stay_where_they_were_written() -> None:
