@@ -59,7 +59,7 @@ def test_a_process_that_serves_until_it_is_interrupted(model: Path) -> None:
     [
         (["--host", "0.0.0.0"], "0.0.0.0 can be reached by others. Give an API key (--api-key-file), or listen on 127.0.0.1."),
         (["--host", "no.such.host.invalid"], "is no address of this machine"),
-        (["--port", "70000"], "70000"),
+        (["--port", "70000"], "port 70000: there is no such port; allowed is 1 to 65535, or 0 for any that is free."),
         (["--rows", "0"], "the limit of rows is 0; allowed is a number from 1."),
         (["--max-body", "much"], "--max-body"),
         (["--api-key-file", "nowhere"], "nowhere: cannot be read"),

@@ -70,9 +70,11 @@ def _config(uvicorn: Any, engine: Engine, name: str, listener: socket.socket, ap
 
 
 def _listening(host: str, port: int, api_key: str | None) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise UserError(f"port {port}: there is no such port; allowed is 1 to 65535, or 0 for any that is free.")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (OSError, UnicodeError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(f"'{host}' port {port}: is no address of this machine ({error}). Use --host 127.0.0.1.") from error
     if api_key is None and not _is_loopback(found[4][0]):
         raise UserError(f"{host} can be reached by others. Give an API key (--api-key-file), or listen on 127.0.0.1.")
