@@ -179,6 +179,18 @@ def test_words_differ_from_layer_to_layer_by_clauses() -> None:
         MergeSpace("model_stock", MEMBERS, "o", "gradient:2", 3, parameters={"filter_wise": [False, True]})
 
 
+def test_which_model_is_searched_where_a_method_takes_one() -> None:
+    """Beside the parameters, and alone where there are none."""
+    space = MergeSpace("slerp", MEMBERS, "o")
+    assert [parameter.name for parameter in space.space.parameters] == ["model", "t"]
+    found = space.candidate({"model": "b", "t": 0.25})
+    assert found is not None
+    assert found.recipe == {"method": "slerp", "base": "o", "models": [{"model": "b"}], "parameters": {"t": 0.25}}
+    fusion = MergeSpace("arcee_fusion", MEMBERS, "o", "layer", 7)
+    assert fusion.space.grid(5) == [{"model": "a"}, {"model": "b"}, {"model": "c"}]
+    assert fusion.candidate({"model": "c"}) == Candidate.of({"method": "arcee_fusion", "base": "o", "models": [{"model": "c"}]})
+
+
 def test_only_what_a_filter_matches_varies() -> None:
     space = MergeSpace("slerp", ("a", "b"), granularity="gradient:2", layers=7, filters=("mlp",), only_filtered=True)
     assert [parameter.name for parameter in space.space.parameters] == ["g0/mlp/t", "g1/mlp/t", "rest/t"]

@@ -21,8 +21,6 @@ RANGES: Mapping[str, Mapping[str, Any]] = {
     "karcher": {"max_iter": [1, 10]}, "model_stock": {"filter_wise": [False, True]}, "ram": {"epsilon": [1e-6, 1e-3]},
     "ramplus_tl": {"alpha": [0.0, 1.0]}, "passthrough": {"scale": [0.5, 1.5]},
 }  # fmt: skip
-#: methods with nothing to search
-FIXED = ("arcee_fusion",)
 
 
 def model(seed: int, near: TensorsCheckpoint | None = None) -> TensorsCheckpoint:
@@ -50,9 +48,7 @@ def closeness(found: Checkpoint) -> float:
 @pytest.mark.parametrize("granularity", ["model", "layer"])
 @pytest.mark.parametrize("method", all_methods(), ids=lambda method: method.id)
 def test_two_trials_of_every_method(method: Method, granularity: str) -> None:
-    if method.id in FIXED:
-        pytest.skip("has no parameter")
-    most = 3 if method.max_models is None else method.max_models
+    most = 3 if method.max_models is None or (method.max_models == 1 and method.needs_base) else method.max_models
     base = "base" if method.takes_base else None
     settings = SearchSettings(
         members=tuple("abc"[:most]), base=base, searcher={"name": "random", "trials": 2},  # type: ignore[arg-type]

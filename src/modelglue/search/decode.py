@@ -41,6 +41,7 @@ class MergeSpace:
     get values of their own in every group of layers; with `only_filtered` nothing else varies over the layers, and the last group is
     all that no filter matches.
     `parameters`: name -> [low, high], {low, high, log}, {choices: [...]}, or a fixed value; default: weight and density, or t.
+    Methods that take one model besides a given base search which of several members it is, too.
     The genotype is [group, filter, parameter, member], with a simplex over members for the weights of a linear merge.
     """
 
@@ -60,7 +61,7 @@ class MergeSpace:
         method = self._method
         if len(set(self.members)) != len(self.members) or not self.members:
             raise UserError(f"members are {list(self.members)}; allowed is a list of at least one, each named once.")
-        count = len(self._models)
+        count = 1 if self._one_of_many else len(self._models)
         if count < method.min_models or (method.max_models is not None and count > method.max_models):
             extra = " (the first is the base)" if self._first_is_base else ""
             most = "or more" if method.max_models is None else f"to {method.max_models}"
@@ -96,6 +97,11 @@ class MergeSpace:
     @property
     def _base(self) -> str | None:
         return self.members[0] if self._first_is_base else self.base
+
+    @property
+    def _one_of_many(self) -> bool:
+        """Whether the model itself is searched."""
+        return self._method.needs_base and self._method.max_models == 1 and self.base is not None and len(self.members) > 1
 
     @property
     def _models(self) -> tuple[str, ...]:
@@ -139,7 +145,7 @@ class MergeSpace:
         }
         order = [parameter.name for parameter in self._method.parameters]
         found = dict(sorted({**defaults, **said}.items(), key=lambda pair: order.index(pair[0])))
-        if not found:
+        if not found and not self._one_of_many:
             raise UserError(
                 f"{self.method} has no parameter that is searched by itself. Give ranges for some of: {', '.join(order) or 'none'}."
             )
@@ -157,7 +163,7 @@ class MergeSpace:
 
     @cached_property
     def space(self) -> Space:
-        parameters: list[Parameter] = []
+        parameters: list[Parameter] = [Choice("model", self.members)] if self._one_of_many else []
         by_name = {parameter.name: parameter for parameter in self._method.parameters}
         for group, filter_ in self._places:
             for name, said in self._searched.items():
@@ -176,7 +182,7 @@ class MergeSpace:
             for owner in (self._models if self._per_model(name) else ("",))
         }
         fixed = {name: value for name, value in self.parameters.items() if name not in self._searched}
-        models = list(self._models)
+        models = [params["model"]] if self._one_of_many else list(self._models)
         if "weight" in self._searched and "uniform" not in self._method.inputs:
             models = [alias for alias in models if settings["weight", alias] != 0]
         if not models:
