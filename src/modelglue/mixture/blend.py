@@ -15,7 +15,7 @@ from modelglue.checkpoint.vocabulary import vocabulary
 from modelglue.errors import UserError
 from modelglue.models import LiveTextModel
 from modelglue.models.cached import CachedModel
-from modelglue.models.joining import JoiningModel, JoiningReader
+from modelglue.models.joining import JoiningModel
 from modelglue.models.running import Row
 from modelglue.models.writer import Asked, Writer
 
@@ -45,20 +45,25 @@ class BlendedPast:
 class Blend(CachedModel):
     """Experts that read together, one set of weights for all rows that begin here. Its logits are logarithms of mixed probabilities."""
 
-    def __init__(self, readers: Sequence[JoiningReader], weights: Sequence[float], combine: Combine) -> None:
+    def __init__(self, readers: Sequence[JoiningModel], weights: Sequence[float], combine: Combine) -> None:
         # What it inherits (batches, shared beginnings) rests on `shareable` and `read` alone.
         self._readers, self._weights, self._combine = readers, weights, combine
+        self.routes_prompts = any(reader.routes_prompts for reader in readers)
 
     @cached_property
     def shareable(self) -> int:
         return min(reader.shareable for reader in self._readers)
 
-    def read(self, pieces: Sequence[Sequence[int]], past: Any = None, *, keep: int) -> tuple[torch.Tensor, Any]:
+    @cached_property
+    def reorderable(self) -> int:
+        return min(reader.reorderable for reader in self._readers)
+
+    def read(self, pieces: Sequence[Sequence[int]], past: Any = None, *, keep: int, prompts: bool = True) -> tuple[torch.Tensor, Any]:
         import torch
 
         pasts = (None,) * len(self._readers) if past is None else past.pasts
         weights = torch.tensor([self._weights] * len(pieces), dtype=torch.float64) if past is None else past.weights
-        found = [reader.read(pieces, before, keep=keep) for reader, before in zip(self._readers, pasts, strict=True)]
+        found = [reader.read(pieces, before, keep=keep, prompts=prompts) for reader, before in zip(self._readers, pasts, strict=True)]
         return self._mixed([logits[:, -keep:] for logits, _ in found], weights), BlendedPast(tuple(after for _, after in found), weights)
 
     def step(self, ids: torch.Tensor, past: Any) -> tuple[torch.Tensor, Any]:
