@@ -310,9 +310,9 @@ def mixed(zoo: Path, target: Path, **changes: Any) -> int:
     value = {
         "format": "modelglue/1",
         "level": "model",
-        "experts": [{"model": str(zoo / name), "prompts": {"positive": list(PROMPTS[name])}} for name in "ab"],
+        "experts": [{"model": str(zoo / name), "prompts": {"positive": list(PROMPTS[name])}} for name in "abc"],
         "router": {"encoder": "a"},
-        "store": {"form": "sparse", "density": 0.3},
+        "store": {"form": "sparse", "density": 0.05},
     }
     file = target.parent / "mix.yaml"
     file.write_text(yaml.safe_dump({**value, **changes}, sort_keys=False))
@@ -327,7 +327,10 @@ def test_the_command_says_what_differences_take_and_lose(zoo: Path, tmp_path: Pa
     report = json.loads((tmp_path / "mix" / "deltas.json").read_text())
     assert f"as differences: {report['bytes'] / 1000:.1f} kB instead of {report['whole_bytes'] / 1000:.1f} kB" in said
     assert f"of the difference {report['experts'][0]['loss']['all']['lost']:.1%} is lost (attention " in said
-    assert Mixture.load(tmp_path / "mix").experts == ["a", "b"]
+    assert Mixture.load(tmp_path / "mix").experts == ["a", "b", "c"]
+    assert "more than the models themselves" not in said
+    assert mixed(zoo, tmp_path / "more", store={"form": "sparse", "density": 1.0}) == 0
+    assert "that is more than the models themselves: pack: true copies them" in capsys.readouterr().err
 
 
 def test_differences_where_they_mean_nothing(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

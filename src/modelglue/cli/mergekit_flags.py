@@ -52,8 +52,8 @@ FLAGS = {
     "async-write": Flag(why="reading, arithmetic and writing always overlap"),
     "write-threads": Flag(True, why="every worker writes its own part; see --workers"),
     "i-understand-this-is-not-useful-without-training": Flag(why="experts that are equal are answered with a warning"),
-    "load-in-4bit": Flag(why="the base is loaded once, for the gates alone"),
-    "load-in-8bit": Flag(why="the base is loaded once, for the gates alone"),
+    "load-in-4bit": Flag(why="the base is read a layer at a time, for the gates alone"),
+    "load-in-8bit": Flag(why="the base is read a layer at a time, for the gates alone"),
     "quiet": Flag(ours=lambda _: ["--quiet"]),
     "verbose": Flag(why="there is one progress bar; --json prints what was done"),
 }

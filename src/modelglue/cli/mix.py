@@ -133,6 +133,8 @@ def _differences(out: Path) -> tuple[dict[str, Any], str]:
         roles = ", ".join(f"{role} {loss['lost']:.1%}" for role, loss in one["loss"].items() if role != "all")
         what = f"of the difference {one['loss']['all']['lost']:.1%} is lost ({roles})" if one["loss"] else f"whole: {one['why_whole']}"
         lines.append(f"  {one['name']}: {size(one['bytes'])}, {what}")
+    if report["bytes"] >= report["whole_bytes"]:
+        lines.append("  that is more than the models themselves: pack: true copies them; a lower energy or density takes less")
     return {"deltas": report}, "\n".join(lines)
 
 
