@@ -75,11 +75,20 @@ def test_the_learned_router_stands_in_the_recipe(learned: GlueResult, tmp_path: 
 
 def test_prompts_alone_on_request(zoo: Path, tmp_path: Path) -> None:
     router = {"router_layer": 2, "source": "prompts"}
-    result = glue(changed(zoo, "prompts.yaml", router=router), tmp_path / "run")
+    value = yaml.safe_load(zoo.read_text())
+    misleading = value["zoo"]["models"][1].pop("prompts")["positive"]
+    (zoo.parent / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in misleading))
+    value["zoo"]["models"][1]["prompts_from"] = "prompts.txt"
+    result = glue(write_yaml(zoo.parent / "prompts.yaml", {**value, "router": router}), tmp_path / "run")
+    manifest = json.loads((result.run / "mixture" / "mixture.json").read_text())
+    assert manifest["experts"][1]["prompts"]["positive"] == misleading
     assert not (result.run / "router.json").exists()
     assert json.loads((result.run / "decisions.json").read_text())["router"]["learned"] is None
     assert (result.outcome["kind"], result.outcome["name"]) == ("single", result.outcome["best_single"])
     assert result.outcome["reason"].endswith("look at the router")
+    (zoo.parent / "prompts.txt").write_text("something else\n")
+    with pytest.raises(UserError, match="a run of other inputs or settings"):
+        glue(zoo.parent / "prompts.yaml", tmp_path / "run")
 
 
 def test_scores_that_do_not_suffice(zoo: Path, tmp_path: Path) -> None:

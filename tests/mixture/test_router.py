@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelglue.errors import UserError
-from modelglue.mixture import DOMAIN_PROMPTS, Encoded, ExpertSpec, Reader, RouterSpec, build_gate, domain_prompts, entering, gate_row
+from modelglue.mixture import (
+    DOMAIN_PROMPTS,
+    Encoded,
+    ExpertSpec,
+    Reader,
+    RouterSpec,
+    build_gate,
+    domain_prompts,
+    entering,
+    gate_row,
+    read_prompts,
+)
 from modelglue.mixture.gates import LinearGate
 from modelglue.mixture.router import best_layer, knowledge
 from tests.mixture.making import of, unit_reader
@@ -262,3 +274,20 @@ def test_default_prompts_of_domains() -> None:
     assert found["positive"] == ["reason", "math", "mathematics", "solve", "count", "code", "python", "programming", "algorithm"]
     assert found["negative"][:5] == ["chat", "assistant", "code", "programming", "storywriting"]
     assert domain_prompts(["unheard-of"]) == {"positive": [], "negative": []}
+
+
+def test_prompts_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffWrite a poem\r\n\n  zweite Zeile: größer \n".encode())
+    assert read_prompts(path) == ["Write a poem", "zweite Zeile: größer"]
+    path.write_bytes(b"one\ntwo\n\xff\xfe\none \n")
+    with pytest.raises(UserError) as fault:
+        read_prompts(path)
+    assert str(fault.value).splitlines() == [
+        f"{path}:3: is no UTF-8. Save the file as UTF-8.", f"{path}:4: is the same prompt as line 1. Take one out."
+    ]  # fmt: skip
+    path.write_text("\n \n")
+    with pytest.raises(UserError, match=r"prompts.txt: holds no prompt"):
+        read_prompts(path)
+    with pytest.raises(UserError, match=r"nowhere.txt: cannot be read \(No such file"):
+        read_prompts(tmp_path / "nowhere.txt")

@@ -16,10 +16,11 @@ from modelglue.errors import UserError
 from modelglue.evaluation import CandidateEvaluator, ResidentModel, ScoreStore, TaskSet, leak_check, score_text_model
 from modelglue.glue.run_folder import SCORES, RunFolder
 from modelglue.glue.schema import GlueFile
-from modelglue.mixture import domain_prompts
+from modelglue.mixture import domain_prompts, read_prompts
 from modelglue.models import check_fit, load_tokenizer
 from modelglue.recipe import Candidate, Recipe, Scores, build, linear_recipe
 from modelglue.zoo import ZooModel
+from modelglue.zoo.schema import Prompts
 
 #: what the command line shows: event name and its fields
 Listener = Callable[[str, dict[str, Any]], None]
@@ -138,7 +139,7 @@ def open_bench(file: GlueFile, folder: Path, emit: Listener) -> Bench:
                 f"tasks.{split} covers {', '.join(found.skills)}, tasks.proxy covers {', '.join(tasks['proxy'].skills)}. "
                 "Give the same skills in every set (task_alias names a task's skill)."
             )
-    models = {model.alias: model for model in file.zoo.models}
+    models = {model.alias: _with_prompts(model, folder) for model in file.zoo.models}
     return Bench(file, folder, checkpoints, models, base, tasks, emit)
 
 
@@ -156,7 +157,18 @@ def run_key(bench: Bench) -> str:
         "models": {alias: checkpoint.identity for alias, checkpoint in bench.checkpoints.items()},
         "tasks": {split: bench.task_identity(split) for split in bench.splits},
     }
+    if read := {alias: model.prompts.positive for alias, model in bench.models.items() if model.prompts_from and model.prompts}:
+        content["prompts"] = read
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _with_prompts(model: ZooModel, folder: Path) -> ZooModel:
+    """The model with the prompts of its file among its own."""
+    if model.prompts_from is None:
+        return model
+    own = model.prompts or Prompts()
+    read = read_prompts(folder / model.prompts_from)
+    return model.model_copy(update={"prompts": Prompts(positive=[*own.positive, *read], negative=own.negative)})
 
 
 def prompts_of(bench: Bench, members: Sequence[str], won: Sequence[str]) -> dict[str, list[str]]:

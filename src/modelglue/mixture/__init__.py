@@ -4,7 +4,7 @@ from modelglue.mixture.diagnostics import LoadReport, SelfTest, load_report, ora
 from modelglue.mixture.folder import Manifest, is_mixture, read_manifest, write_mixture
 from modelglue.mixture.router import Encoded, Reader, build_gate, entering, gate_row
 from modelglue.mixture.runtime import Mixture, Route, Routed
-from modelglue.mixture.spec import DOMAIN_PROMPTS, ExpertSpec, RouterSpec, domain_prompts
+from modelglue.mixture.spec import DOMAIN_PROMPTS, ExpertSpec, RouterSpec, domain_prompts, read_prompts
 from modelglue.mixture.trained import HeldOut, TrainedRouter, Training
 
 __all__ = [
@@ -30,5 +30,6 @@ __all__ = [
     "load_report",
     "oracle_gap",
     "read_manifest",
+    "read_prompts",
     "write_mixture",
 ]

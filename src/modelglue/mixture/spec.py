@@ -37,6 +37,32 @@ def domain_prompts(domain: Sequence[str]) -> dict[str, list[str]]:
     }
 
 
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, one on every line; blank lines are passed over, blanks at both ends of a line are no part of it.
+
+    One UserError names every faulty line (`file:line`): no UTF-8, a prompt that stands there twice; or says that the file holds none.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Give a text file with one prompt on every line.") from error
+    faults = []
+    first: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompt = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError:
+            faults.append(f"{path}:{number}: is no UTF-8. Save the file as UTF-8.")
+            continue
+        if prompt and first.setdefault(prompt, number) != number:
+            faults.append(f"{path}:{number}: is the same prompt as line {first[prompt]}. Take one out.")
+    if not first and not faults:
+        faults.append(f"{path}: holds no prompt. Write one on every line.")
+    if faults:
+        raise UserError("\n".join(faults))
+    return list(first)
+
+
 @dataclass(frozen=True)
 class ExpertSpec:
     """One expert: a complete model folder, and the prompts that its gate row is made from.

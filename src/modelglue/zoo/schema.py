@@ -46,6 +46,8 @@ class ZooModel(Entry):
     domain: _WORDS = []
     """Free tags; they choose default prompts for the router."""
     prompts: Prompts | None = None
+    prompts_from: str | None = None
+    """A text file (relative to the zoo file) with one more positive prompt on every line."""
     scores: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
     """Known scores by task, as information."""
 

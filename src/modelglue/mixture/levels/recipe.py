@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from modelglue.errors import RecipeError
+from modelglue.errors import RecipeError, UserError
 from modelglue.mixture.deltas import DeltaStore
 from modelglue.mixture.levels.from_zoo import from_zoo
 from modelglue.mixture.router import WITHOUT_PROMPTS
-from modelglue.mixture.spec import EXPERT_NAME, ROUTE_SPAN, GateMode, domain_prompts
+from modelglue.mixture.spec import EXPERT_NAME, ROUTE_SPAN, GateMode, domain_prompts, read_prompts
 from modelglue.recipe import FORMAT, Document, Recipe, canonical, load_document, validate
 from modelglue.recipe.schema import Format, Input
 
@@ -127,12 +127,10 @@ def _with_prompts(document: Document, number: int, expert: MixExpert, folder: Pa
     """The expert with the prompts of its file, or of its domains."""
     positive, negative = list(expert.prompts.positive), list(expert.prompts.negative)
     if expert.prompts_from is not None:
-        path = (folder or Path()) / expert.prompts_from
         try:
-            positive += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            what = f"{path} cannot be read ({error}). Give a text file with one prompt on every line."
-            raise RecipeError(document.fault(("experts", number, "prompts_from"), what)) from error
+            positive += read_prompts((folder or Path()) / expert.prompts_from)
+        except UserError as error:
+            raise RecipeError(document.fault(("experts", number, "prompts_from"), str(error))) from error
     if not positive:
         default = domain_prompts(expert.domain)
         positive, negative = default["positive"], negative or default["negative"]
