@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from modelglue.mixture.gates import LinearGate, MlpGate
 from modelglue.mixture.levels import LevelSpec, deciding_layers
 from modelglue.models import LiveTextModel
+from modelglue.models.writer import Writer
 from tests.mixture.levels_making import ARCHITECTURES, LEVELS, left_pads, logits, mixture, model, some_ids
 from tests.models.tiny import letters
 
@@ -200,6 +202,22 @@ def test_as_a_text_model_choices_share_their_prompts_expert(level: Any, routing:
         scored = logits(text.model, torch.tensor([ids[:-1]]), prompt_length=start if prompt else None)[0].log_softmax(dim=-1)
         wanted = sum(float(scored[place - 1, ids[place]]) for place in range(start, len(ids)))
         assert value == pytest.approx(wanted, abs=1e-4)
+
+
+def test_beams_of_a_writer_are_those_of_transformers(llamas: list[Any]) -> None:
+    text = LiveTextModel(mixture(llamas, LevelSpec("block", "sample", top_k=2)), letters())
+    (found,) = Writer(text).write(["what is"], until=[], max_new_tokens=5, beams=3)
+    ids = torch.tensor([letters()("what is")["input_ids"]])
+    wanted = text.model.generate(ids, num_beams=3, max_new_tokens=5, do_sample=False, early_stopping=False)[0, ids.shape[1] :]
+    assert found == letters().decode(wanted, skip_special_tokens=True)
+
+
+def test_a_copy_is_a_mixture_of_its_own(llamas: list[Any]) -> None:
+    mixed, ids = mixture(llamas, LevelSpec("block", "sample")), some_ids()
+    mixed(ids)
+    copied = copy.deepcopy(mixed)
+    assert copied.routing is copied.model.layers[1].routing is not mixed.routing
+    assert torch.equal(logits(copied, ids), logits(mixed, ids))
 
 
 def test_what_a_mixture_cannot_do_is_said(llamas: list[Any]) -> None:

@@ -37,7 +37,7 @@ def beam_search(
     """
     import torch
 
-    if len(ids) + steps > reader.shareable and width > 1:
+    if len(ids) + steps > reader.reorderable and width > 1:
         raise UserError(
             "beam search needs a cache that can be reordered, and this model's cannot be (or its window is shorter than the text). "
             "Use one beam."

@@ -67,16 +67,24 @@ class CachedModel:
 
     @cached_property
     def shareable(self) -> int:
-        """The longest row, in ids, whose past may be handed on to other rows; 0 for models whose memory is no plain list of keys.
+        """The longest row, in ids, whose past may be handed on to other rows; 0 for models whose memory is no plain list of keys, or
+        that remember what a prompt has decided.
 
-        In a sliding window masked positions count, so there rows must fit into the window. Costs one step of the model, once.
+        In a sliding window masked positions count, so there rows must fit into the window.
         """
+        return 0 if self.routes_prompts else self.reorderable
+
+    @cached_property
+    def reorderable(self) -> int:
+        """The longest row, in ids, whose past may go on in several ways (beams of one prompt). Costs one step of the model, once."""
         import torch
         from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
         with torch.inference_mode():
             cache = self.read([[self._pad]], keep=1)[1].cache
-        if type(cache) is not DynamicCache or not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        plain = [type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in getattr(cache, "layers", ())]
+        routed = [self.routes_prompts and isinstance(layer, DynamicLayer) for layer in getattr(cache, "layers", ())]
+        if type(cache) is not DynamicCache or not all(a or b for a, b in zip(plain, routed, strict=True)):
             return 0
         return min((int(getattr(layer, "sliding_window", _ANY_LENGTH)) for layer in cache.layers), default=0)
 

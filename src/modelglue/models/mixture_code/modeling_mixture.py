@@ -63,6 +63,10 @@ class Routing:
         self.cache: Any = None
         self.logits: dict[int, Tensor] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model starts without the rows of this one's last call."""
+        return {**self.__dict__, "pooled": None, "cache": None, "logits": {}}
+
     def decide(self, layer: int, states: Tensor, router: Router | None) -> Tensor:
         """Logits [B, experts] for the rows of `states` [B, T, d]: those of the prompt, where the prompt has been read before."""
         kept = None if self.cache is None else self.cache.layers[layer]
@@ -383,7 +387,10 @@ class Mixture:
         if self.routing.by_sample:
             self.routing.pooled = None if official else self._pooled(real, prompt, has_loss=kwargs.get("labels") is not None)
             self.routing.cache = self._routed_cache(kwargs, official=official)
-        output = stock(self, **kwargs)
+        try:
+            output = stock(self, **kwargs)
+        finally:
+            self.routing.cache = None  # whoever called has it now
         if wants_logits and not isinstance(output, tuple):
             output["router_logits"] = self._all_logits(tokens.shape[1])
         return output
