@@ -26,6 +26,8 @@ def test_values_are_multiplied_wide_and_rounded_once(dtype: torch.dtype, factor:
     out = torch.empty(5, dtype=dtype)
     assert scaled.read("w", 4, 9, out) is out
     assert torch.equal(out, expected.view(-1)[4:9])
+    wider = torch.empty(5, dtype=torch.float64)  # which changes nothing of what is stored
+    assert torch.equal(scaled.read("w", 4, 9, wider), expected.view(-1)[4:9].double())
     assert torch.equal(value, torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(dtype))
 
 

@@ -171,6 +171,18 @@ def test_a_context_is_read_once_whatever_the_number_of_its_continuations() -> No
     assert shapes == [(2, 17)]
 
 
+def test_full_batches_read_one_continuation_of_every_context_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("llama")
+    text = LiveTextModel(model, letters())
+    pairs = [(context, continuation) for context in ("abc", "cba", "cab") for continuation in ("yes", "nos")]
+    alone = [text.loglikelihood([pair])[0] for pair in pairs]
+    monkeypatch.setattr(likelihood, "MAX_ROWS", 3)
+    with _shapes(model) as shapes:
+        found = text.loglikelihood([*pairs, ("bac", "only")])
+    assert shapes == [(4, 6), (3, 2), (3, 2)]  # the last one is alone with its context, and read with it
+    _assert_close(found[:-1], alone)
+
+
 def test_what_all_rows_begin_with_is_read_once() -> None:
     model = random_model("llama")
     text = LiveTextModel(model, letters())
