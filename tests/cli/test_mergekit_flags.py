@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from modelglue.cli.app import app
 from modelglue.cli.mergekit_flags import FLAGS, NEGATED, translate
 from modelglue.errors import UserError
 
@@ -96,3 +97,15 @@ def test_a_value_that_is_missing(given: list[str]) -> None:
 def test_shard_sizes_that_are_none(value: str) -> None:
     with pytest.raises(UserError, match=r"--out-shard-size is '.*'; allowed is a whole number, or one with K, M or B"):
         translate(["--out-shard-size", value])
+
+
+def test_mix_takes_every_flag_of_theirs() -> None:
+    """What is made of a flag is an option that the command has; the rest is said."""
+    given = ["mix", "c.yml", "out", "--i-understand-this-is-not-useful-without-training", "--load-in-4bit", "--load-in-8bit"]
+    for name, takes_value in THEIRS.items():
+        given += [f"--{name}", *(["7"] if takes_value else [])]
+    tokens, notes = translate(given, "mix")
+    assert tokens == ["mix", "c.yml", "out", "--shard-size", "7B", "--quiet", "--workers", "7"]
+    assert len(notes) == len(THEIRS) + 3 - 3  # shard size, workers and quiet are obeyed
+    assert "--random-seed: not needed here: the file says it (`seed`), and without it the seed is 0." in notes
+    app.parse_args(tokens, exit_on_error=False, print_error=False)

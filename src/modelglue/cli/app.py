@@ -89,7 +89,7 @@ def _in_our_words(arguments: list[str]) -> list[str]:
     """mergekit's flags become ours; what means nothing here is said, unless all should be quiet."""
     from modelglue.cli.mergekit_flags import translate
 
-    ours, notes = translate(arguments)
+    ours, notes = translate(arguments, arguments[0])
     if "--quiet" not in ours:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)

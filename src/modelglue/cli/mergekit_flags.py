@@ -57,6 +57,15 @@ FLAGS = {
     "quiet": Flag(ours=lambda _: ["--quiet"]),
     "verbose": Flag(why="there is one progress bar; --json prints what was done"),
 }
+_HERE = "the base is read on the processor, a layer at a time"
+#: where `mix` has no option of ours for what mergekit-moe takes
+FOR_MIX = {
+    **{name: Flag(FLAGS[name].takes_value, why=_HERE) for name in ("cuda", "gpu-rich")},
+    "device": Flag(True, why=_HERE),
+    "random-seed": Flag(True, why="the file says it (`seed`), and without it the seed is 0"),
+    "allow-crimes": Flag(why="models of one family may be mixed anyway"),
+    "unsafe-truncate-embeddings": Flag(why="the base's embeddings are the only ones that are taken"),
+}
 #: what their "no" means where that is not just the default: nothing here either, but they are told so
 NEGATED = {
     "copy-tokenizer": "a model without its tokenizer is of no use; remove the files by hand if they should not be there",
@@ -72,11 +81,14 @@ def _long(token: str) -> str:
     return "--verbose" if token.startswith("-v") and set(token[1:]) == {"v"} else token
 
 
-def translate(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
+def translate(tokens: Sequence[str], command: str = "merge") -> tuple[list[str], list[str]]:
     """(tokens in our words, a line about every flag that is not needed); what is none of mergekit's flags stays as it is.
+
+    `command`: merge takes those of mergekit-yaml, mix those of mergekit-moe.
 
     Raises UserError for a flag without its value.
     """
+    flags = {**FLAGS, **FOR_MIX} if command == "mix" else FLAGS
     found: list[str] = []
     notes: list[str] = []
     waiting = list(tokens)
@@ -84,8 +96,8 @@ def translate(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
         token = waiting.pop(0)
         name, equals, value = _long(token).partition("=")
         name = name.removeprefix("--") if name.startswith("--") else ""
-        negated = name.startswith("no-") and name[3:] in FLAGS and not FLAGS[name[3:]].takes_value
-        flag = FLAGS.get(name[3:] if negated else name)
+        negated = name.startswith("no-") and name[3:] in flags and not flags[name[3:]].takes_value
+        flag = flags.get(name[3:] if negated else name)
         if token == "--":  # what follows is no flag
             return [*found, token, *waiting], notes
         if flag is None:
