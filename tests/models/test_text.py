@@ -179,7 +179,7 @@ def test_full_batches_read_one_continuation_of_every_context_at_a_time(monkeypat
     monkeypatch.setattr(likelihood, "MAX_ROWS", 3)
     with _shapes(model) as shapes:
         found = text.loglikelihood([*pairs, ("bac", "only")])
-    assert shapes == [(4, 6), (3, 2), (3, 2)]  # the last one is alone with its context, and read with it
+    assert shapes == [(4, 7), (3, 2), (3, 2)]  # the last continuation is alone with its context, and read with it
     _assert_close(found[:-1], alone)
 
 
