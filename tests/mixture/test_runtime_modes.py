@@ -16,9 +16,11 @@ from modelglue.errors import CheckpointError, UserError
 from modelglue.mixture import ExpertSpec, Mixture, Reader, RouterSpec, write_mixture
 from modelglue.mixture.blend import BlendWriter
 from modelglue.mixture.encoder import slim_reader
-from modelglue.models import load_live, load_tokenizer
+from modelglue.mixture.levels import LevelSpec
+from modelglue.models import LiveTextModel, load_live, load_tokenizer
 from modelglue.models.sampling import Sampling
 from modelglue.models.writer import Asked, Writer
+from tests.mixture.levels_making import mixture as inside
 from tests.mixture.making import alone, mixture, two_experts
 from tests.models.tiny import CONFIGS, letters, pieces, random_model, saved_model
 
@@ -60,6 +62,17 @@ def test_every_text_is_the_chosen_experts_own(folder: Path, sampling: Sampling |
         assert [answer.text] == expected
     greedy = mixed.generate(TEXTS, until=["\n"], max_new_tokens=8)
     assert ([answer.text for answer in routed] == greedy) == (sampling == Sampling())
+
+
+@pytest.mark.parametrize(("level", "routing"), [("ffn", "token"), ("ffn", "sample"), ("block", "sample")])
+def test_mixtures_inside_one_model_are_written_like_any_model(level: Any, routing: Any) -> None:
+    """Where rows cannot be taken out of a cache that remembers routes, each is a batch by itself."""
+    model = LiveTextModel(inside([random_model("llama", seed) for seed in (1, 2, 3)], LevelSpec(level, routing, top_k=1)), pieces())
+    written = Writer(model).write(TEXTS, until=["b\n"], max_new_tokens=7)
+    assert written == model.generate(TEXTS, until=["b\n"], max_new_tokens=7)
+    assert len(set(written)) > 3
+    drawn = Writer(model).write(TEXTS, until=[], max_new_tokens=7, sampling=WARM)
+    assert drawn == [Writer(model).write([text], until=[], max_new_tokens=7, sampling=WARM)[0] for text in TEXTS]
 
 
 # -- an encoder of which little is read -------------------------------------------------------------------------------------------
