@@ -127,7 +127,7 @@ def test_it_is_compiled_beside_the_work_once_that_is_much(tmp_path: Path, monkey
     assert not native.ready(1000)
     assert not list(tmp_path.iterdir())
     assert not native.ready(2**26)  # it has begun
-    (compiler,) = [process for path, process in native._compilers.items() if tmp_path in path.parents and process is not None]
+    (compiler,) = [process for path, (_, process) in native._compilers.items() if tmp_path in path.parents and process is not None]
     compiler.wait()
     assert native.ready(1)
     assert [path.suffix for path in (tmp_path / "compiled").iterdir()] == [".so"]

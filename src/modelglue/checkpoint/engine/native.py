@@ -115,7 +115,7 @@ class _DeclinedError(Exception):
 _landing: ContextVar[_Landing | None] = ContextVar("landing", default=None)
 _summed = 0
 _libraries: dict[Path, Any] = {}
-_compilers: dict[Path, subprocess.Popen[bytes] | None] = {}
+_compilers: dict[Path, tuple[int, subprocess.Popen[bytes] | None]] = {}  # with the process that started them
 
 
 def lands(merge: Callable[[], object], out: torch.Tensor, store: torch.dtype) -> bool:
@@ -187,12 +187,15 @@ def _found() -> Any:
         if mode == "auto" and _summed < _WORTH_COMPILING:
             return None
         if path not in _compilers:
-            _compilers[path] = _started(path)
-        compiler = _compilers[path]
-        if compiler is not None and mode == "on":
-            compiler.wait()
-        if compiler is not None and compiler.poll() is None:
-            return None
+            _compilers[path] = os.getpid(), _started(path)
+        parent, compiler = _compilers[path]
+        if compiler is not None:
+            if parent != os.getpid():  # a forked worker waits for the file
+                return None
+            if mode == "on":
+                compiler.wait()
+            if compiler.poll() is None:
+                return None
     _libraries[path] = _loaded(path)
     return _libraries[path]
 
