@@ -12,7 +12,7 @@ import pytest
 
 from modelglue.checkpoint import Checkpoint, open_checkpoint
 from modelglue.checkpoint.engine.executor import RayCluster
-from modelglue.errors import MergeError, UserError
+from modelglue.errors import MergeError, RunError, UserError
 from modelglue.evaluation import CandidateEvaluator, ScoreStore, TaskSet
 from modelglue.evaluation.members import Members
 from modelglue.evaluation.places import Place
@@ -56,6 +56,17 @@ class Fragile(Members):
         return super().expression(candidate)
 
 
+def unknown_there() -> None:
+    raise ModuleNotFoundError("no such module")
+
+
+class Foreign(Members):
+    """Members that the other machine cannot make."""
+
+    def __reduce__(self) -> Any:
+        return unknown_there, ()
+
+
 def test_a_search_finds_the_same(two_workers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also from relative paths: trace, result and stored scores."""
     write_zoo(tmp_path, SKILLS, SKILLS, items=8)
@@ -93,10 +104,12 @@ def test_what_a_dead_worker_was_doing_is_done_by_another(
     assert found[2].error.startswith(f"{DEADLY.describe()}: its worker on the cluster died twice: ")
 
 
-def test_more_workers_than_there_is_room_for(two_workers: Any, models: Mapping[str, Checkpoint]) -> None:
-    """They would wait for ever."""
+def test_workers_that_cannot_be_had(two_workers: Any, models: Mapping[str, Checkpoint]) -> None:
+    """More than there is room for would wait for ever; those that cannot begin are nobody's fault."""
     with pytest.raises(UserError, match=r"^the cluster has 2 CPUs, and 3 workers need one each\. Give fewer, or add machines\.$"):
         RayCrew(Members(models), RayCluster(None), 3)
+    with pytest.raises(RunError, match=r"^the workers of the cluster cannot begin \(.*no such module.*\)\. Every machine needs modelglue"):
+        RayCrew(Foreign(models), RayCluster(None), 1)
     with (
         pytest.raises(UserError, match=r"^the cluster has 0 GPUs, and 1 workers need one each\."),
         Place.named(None, "cuda", "ray").crew(Members(models)),

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, TypeAlias
 
@@ -64,7 +64,7 @@ class Worker:
 
 
 class Processes:
-    """Lanes that are processes of this machine, started when they are first needed and alive until `close`.
+    """Lanes that are processes of this machine, started when the first of them is needed and alive until `close`.
 
     `devices` are given to them in turn (default: the processor). They are forked where that is safe and cheap (Linux, and no accelerator
     anywhere). A lane ends with its parent.
@@ -80,7 +80,7 @@ class Processes:
 
     def give(self, lane: int, unit: Unit) -> None:
         if lane not in self._running:
-            self._running[lane] = self._started(lane)
+            self._start(range(self.lanes) if not self._running else (lane,))
         self._units[lane] = unit
         with contextlib.suppress(BrokenPipeError):  # it has died: `wait` finds that out
             self._running[lane][1].send(unit)
@@ -116,22 +116,29 @@ class Processes:
         for lane in list(self._running):
             self.renew(lane)
 
-    def _started(self, lane: int) -> tuple[Any, Connection]:
+    def _start(self, lanes: Iterable[int]) -> None:
+        """Processes for these lanes. Those that begin afresh are waited for, as no candidate shall be blamed for the time that it takes."""
         torch = sys.modules.get("torch")
-        device = self._devices[lane % len(self._devices)] if self._devices else None
         on_processor = all(name.startswith("cpu") for name in self._devices) and not (torch is not None and torch.cuda.is_initialized())
         fork = sys.platform.startswith("linux") and on_processor
         context = multiprocessing.get_context("fork" if fork else "spawn")
-        ours, theirs = context.Pipe()
-        others = [connection for _, connection in self._running.values()] if fork else []
-        process = context.Process(  # type: ignore[attr-defined]
-            target=_serve, args=(theirs, [ours, *others] if fork else [], self._members, device), daemon=True
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: the child starts none of theirs
-            process.start()
-        theirs.close()
-        return process, ours
+        for lane in lanes:
+            ours, theirs = context.Pipe()
+            foreign = [ours, *(connection for _, connection in self._running.values())] if fork else []
+            device = self._devices[lane % len(self._devices)] if self._devices else None
+            process = context.Process(  # type: ignore[attr-defined]
+                target=_serve, args=(theirs, foreign, self._members, device), daemon=True
+            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: the child starts none of theirs
+                process.start()
+            theirs.close()
+            self._running[lane] = (process, ours)
+        for lane in lanes if not fork else ():
+            try:
+                self._running[lane][1].recv()
+            except (EOFError, OSError) as error:
+                raise WorkerDiedError("a worker process ended before it could begin; what it wrote to standard error says why.") from error
 
 
 def _serve(connection: Connection, foreign: list[Connection], members: Members, device: str | None) -> None:
@@ -147,6 +154,8 @@ def _serve(connection: Connection, foreign: list[Connection], members: Members, 
     torch.set_num_threads(1)
     worker = Worker(members, device)
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
+        if not foreign:
+            connection.send(None)  # it has begun
         while True:
             connection.send(worker.do(connection.recv()))
     os._exit(0)

@@ -15,12 +15,16 @@ from modelglue.evaluation.members import Members
 
 
 class RayCrew:
-    """A `Crew` whose lanes are actors of a cluster, made when they are first needed: one processor each, or one GPU where `gpus`.
+    """A `Crew` whose lanes are actors of a cluster: one processor each, or one GPU where `gpus`. They are up when this returns.
 
-    `workers`: default is as many as the cluster has room for. UserError if it has no room for that many, RunError if it cannot be reached.
+    `workers`: default is as many as the cluster has room for. UserError if it has no room for that many, RunError if it cannot be reached
+    or its workers cannot begin.
     """
 
     def __init__(self, members: Members, cluster: RayCluster, workers: int | None = None, *, gpus: bool = False) -> None:
+        self._actors: dict[int, Any] = {}
+        self._running: dict[int, tuple[Any, Unit]] = {}
+        self._died: set[int] = set()
         self._stack = contextlib.ExitStack()
         self._ray = self._stack.enter_context(cluster.joined())
         try:
@@ -28,12 +32,21 @@ class RayCrew:
             options = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
             self._actor = self._ray.remote(max_restarts=0, **options)(_Far)
             self._shared = self._ray.put((members, "cuda" if gpus else None, str(Path.cwd())))
+            self._actors = {lane: self._actor.remote(self._shared) for lane in range(self.lanes)}
+            self._begin()
         except BaseException:
-            self._stack.close()
+            self.close()
             raise
-        self._actors: dict[int, Any] = {}
-        self._running: dict[int, tuple[Any, Unit]] = {}
-        self._died: set[int] = set()
+
+    def _begin(self) -> None:
+        """Wait for all workers, so that no candidate is blamed for what none of them can do, or for the time that it takes."""
+        try:
+            self._ray.get([actor.begun.remote() for actor in self._actors.values()])
+        except self._ray.exceptions.RayError as error:
+            last = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+            raise RunError(
+                f"the workers of the cluster cannot begin ({last}). Every machine needs modelglue and the models at the same paths."
+            ) from error
 
     def _room(self, workers: int | None, kind: str) -> int:
         room = int(self._ray.cluster_resources().get(kind, 0))
@@ -96,6 +109,9 @@ class _Far:
         with contextlib.suppress(OSError):  # then relative paths are not found, and the error names them
             os.chdir(folder)
         self._worker = Worker(members, device)
+
+    def begun(self) -> None:
+        """Comes back when the worker is there."""
 
     def do(self, unit: Unit) -> Outcome:
         return self._worker.do(unit)
