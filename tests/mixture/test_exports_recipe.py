@@ -182,7 +182,7 @@ def test_layers_are_wide_only_while_they_run(tmp_path: Path) -> None:
     first = streamed._model.model.layers[0].mlp.up_proj.weight
     assert first.dtype == torch.bfloat16
     assert first.equal(model.model.layers[0].mlp.up_proj.weight)
-    assert embedding_reader(checkpoint).encode_each(["abc"], [0])[0].states.dtype == torch.float32
+    assert embedding_reader(checkpoint).encode(["abc"]).states.dtype == torch.float32
 
 
 def load_live_of(folder: Path) -> Any:

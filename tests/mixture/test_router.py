@@ -194,7 +194,7 @@ def test_pads_are_not_read(pad_left: bool) -> None:
     one = Encoded(entering(model, short, torch.ones_like(short), 1), torch.ones_like(short))
     torch.testing.assert_close(both.last()[1:], one.last())
     torch.testing.assert_close(both.mean()[1:], one.mean())
-    torch.testing.assert_close(Encoded(both.states[1:], both.mask[1:]).total(), one.total())
+    torch.testing.assert_close(Encoded(both.states[1:], both.mask[1:]).sums().sum(dim=0), one.sums().sum(dim=0))
 
 
 def test_pooling_by_hand() -> None:
@@ -202,7 +202,7 @@ def test_pooling_by_hand() -> None:
     encoded = Encoded(states, torch.tensor([[1, 1, 0], [0, 1, 1]]))
     assert encoded.last().tolist() == [[3.0, 2.0], [7.0, 3.0]]
     assert encoded.mean().tolist() == [[2.0, 1.0], [6.0, 2.0]]
-    assert encoded.total().tolist() == [16.0, 6.0]
+    assert encoded.sums().sum(dim=0).tolist() == [16.0, 6.0]
     torch.testing.assert_close(gate_row(encoded, None, "hidden"), torch.tensor([10.0, 5.0]) / 125**0.5)
 
 

@@ -6,11 +6,11 @@ arXiv 2410.05357).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from modelglue.errors import UserError
-from modelglue.mixture.router import Encoded, Reader, gate_row, random_row
+from modelglue.mixture.router import POOLED, Reader, random_row, row_of
 from modelglue.mixture.spec import ExpertSpec
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def random_gates(names: Sequence[str], width: int, mode: str, layers: Sequence[i
 def layer_gates(reader: Reader, experts: Sequence[ExpertSpec], mode: str, layers: Sequence[int]) -> torch.Tensor:
     """Gate rows of every expert at the given layers, from its prompts: float32 [layers, experts, d], of unit length.
 
-    Modes: `hidden`, `hidden_avg`, `cheap_embed` (the same rows at every layer). One pass of each side of an expert's prompts through the
-    encoder, in one thread.
+    Modes: `hidden`, `hidden_avg`, `cheap_embed` (the same rows at every layer). All prompts go through the encoder together, in one
+    thread, and each once; the order of experts changes no bit of a row.
 
     Raises UserError for an expert without positive prompts, with negative prompts that cancel them, or whose states are not finite.
     """
@@ -41,8 +41,15 @@ def layer_gates(reader: Reader, experts: Sequence[ExpertSpec], mode: str, layers
 
     from modelglue.checkpoint.engine.workers import single_thread
 
+    for expert in experts:
+        if not expert.positive:
+            raise UserError(f"expert '{expert.name}': has no positive prompts for the router. Give it some.")
+    read = (0,) if mode == "cheap_embed" else tuple(layers)
+    texts = sorted({prompt for expert in experts for prompt in (*expert.positive, *expert.negative)})
     with single_thread():
-        return torch.stack([_rows(reader, expert, mode, layers) for expert in experts], dim=1)
+        pooled = reader.pooled_at(read, texts, "prompt", POOLED[mode])
+        rows = torch.stack([_rows(pooled, texts, expert, mode) for expert in experts], dim=1)
+    return rows.expand(len(layers), -1, -1) if mode == "cheap_embed" else rows
 
 
 def conditions(gates: torch.Tensor) -> list[float]:
@@ -52,26 +59,23 @@ def conditions(gates: torch.Tensor) -> list[float]:
     return [min(float(torch.linalg.cond(rows.double())), _NO_CONDITION) for rows in gates]
 
 
-def _rows(reader: Reader, expert: ExpertSpec, mode: str, layers: Sequence[int]) -> torch.Tensor:
-    """One expert's rows: [layers, d]."""
+def _rows(pooled: Mapping[int, torch.Tensor], texts: Sequence[str], expert: ExpertSpec, mode: str) -> torch.Tensor:
+    """One expert's rows at all layers that were read: [layers, d]."""
     import torch
 
-    if not expert.positive:
-        raise UserError(f"expert '{expert.name}': has no positive prompts for the router. Give it some.")
-    read = (0,) if mode == "cheap_embed" else tuple(layers)
-    positive = reader.encode_each(expert.positive, read)
-    negative = reader.encode_each(expert.negative, read) if expert.negative else dict.fromkeys(read)
-    for encoded in (*positive.values(), *negative.values()):
-        _check_finite(encoded, expert)
-    rows = {layer: gate_row(positive[layer], negative[layer], mode) for layer in read}
-    if not all(float(row.norm()) > 0.5 for row in rows.values()):
-        raise UserError(f"expert '{expert.name}': its negative prompts cancel the positive ones, the gate row is zero. Change its prompts.")
-    return torch.stack([rows[0] if mode == "cheap_embed" else rows[layer] for layer in layers])
-
-
-def _check_finite(encoded: Encoded | None, expert: ExpertSpec) -> None:
-    if encoded is not None and not bool(encoded.states[encoded.mask == 1].isfinite().all()):
-        raise UserError(
-            f"expert '{expert.name}': the states of its prompts are not finite, so no gate can be made of them. "
-            "Check the base model's weights."
-        )
+    sides = [[texts.index(prompt) for prompt in side] for side in (expert.positive, expert.negative)]
+    rows = []
+    for states in pooled.values():
+        positive, negative = (states[places] if places else None for places in sides)
+        assert positive is not None
+        if not bool(positive.isfinite().all()) or not (negative is None or bool(negative.isfinite().all())):
+            raise UserError(
+                f"expert '{expert.name}': the states of its prompts are not finite, so no gate can be made of them. "
+                "Check the base model's weights."
+            )
+        rows.append(row_of(positive, negative, mode))
+        if not float(rows[-1].norm()) > 0.5:
+            raise UserError(
+                f"expert '{expert.name}': its negative prompts cancel the positive ones, the gate row is zero. Change its prompts."
+            )
+    return torch.stack(rows)

@@ -8,7 +8,7 @@ that equal inputs give equal bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,11 +47,11 @@ class Encoded:
 
         return torch.stack([states.mean(dim=0) for states in self._real()])
 
-    def total(self) -> torch.Tensor:
-        """The sum over all real positions of all prompts: [d]."""
+    def sums(self) -> torch.Tensor:
+        """The sum over every prompt's real positions: [B, d]."""
         import torch
 
-        return torch.stack([states.sum(dim=0) for states in self._real()]).sum(dim=0)
+        return torch.stack([states.sum(dim=0) for states in self._real()])
 
     def _real(self) -> list[torch.Tensor]:
         return [states[mask == 1] for states, mask in zip(self.states, self.mask, strict=True)]
@@ -85,10 +85,6 @@ class Reader:
         layer = self._layer if layer is None else layer
         return self._encode(self._ids(prompts, "prompt"), [layer])[layer]
 
-    def encode_each(self, prompts: Sequence[str], layers: Sequence[int]) -> dict[int, Encoded]:
-        """`encode` at several layers, by one pass through the encoder up to the last of them."""
-        return self._encode(self._ids(prompts, "prompt"), layers)
-
     def logits(self, texts: Sequence[str], gate: Gate, span: str) -> torch.Tensor:
         """What the router thinks of each text: the gate on the mean over the text's real positions, [texts, experts].
 
@@ -100,15 +96,17 @@ class Reader:
         """What the router reads of each text: the mean state over its real positions, [texts, d] in float32."""
         return self.pooled_at([self._layer], texts, span)[self._layer]
 
-    def pooled_at(self, layers: Sequence[int], texts: Sequence[str], span: str) -> dict[int, torch.Tensor]:
-        """The same at several layers, each [texts, d], by one pass through the encoder up to the last of them."""
+    def pooled_at(
+        self, layers: Sequence[int], texts: Sequence[str], span: str, pool: Callable[[Encoded], torch.Tensor] = Encoded.mean
+    ) -> dict[int, torch.Tensor]:
+        """The same at several layers, each [texts, d], by one pass through the encoder up to the last of them; or pooled otherwise."""
         import torch
 
         rows = self._ids(texts, span)
         found = {layer: torch.empty(len(rows), self.width) for layer in layers}
         for places in batches([len(row) for row in rows]):
             for layer, encoded in self._encode([rows[place] for place in places], layers).items():
-                found[layer][places] = encoded.mean()
+                found[layer][places] = pool(encoded)
         return found
 
     def _ids(self, texts: Sequence[str], span: str) -> list[list[int]]:
@@ -171,6 +169,10 @@ class _Reached(Exception):  # noqa: N818 - a signal, not an error
     """The layer that is asked for has been reached; what comes after need not run."""
 
 
+#: how the states of a prompt are pooled, by mode
+POOLED: Mapping[str, Callable[[Encoded], torch.Tensor]] = {"hidden": Encoded.last, "hidden_avg": Encoded.mean, "cheap_embed": Encoded.sums}
+
+
 def gate_row(positive: Encoded, negative: Encoded | None, mode: str) -> torch.Tensor:
     """One expert's gate row [d], of unit length. Modes `hidden`, `hidden_avg` and `cheap_embed`.
 
@@ -178,11 +180,15 @@ def gate_row(positive: Encoded, negative: Encoded | None, mode: str) -> torch.Te
     prompts of a side and subtract. `cheap_embed` sums over positions and prompts, and normalises each side before subtracting; it is
     meant for token embeddings, whatever layer the router reads.
     """
+    pool = POOLED[mode]
+    return row_of(pool(positive), None if negative is None else pool(negative), mode)
 
-    def side(encoded: Encoded) -> torch.Tensor:
-        if mode == "cheap_embed":
-            return _unit(encoded.total())
-        return (encoded.last() if mode == "hidden" else encoded.mean()).mean(dim=0)
+
+def row_of(positive: torch.Tensor, negative: torch.Tensor | None, mode: str) -> torch.Tensor:
+    """The same from what each prompt was pooled to: [prompts, d] a side."""
+
+    def side(pooled: torch.Tensor) -> torch.Tensor:
+        return _unit(pooled.sum(dim=0)) if mode == "cheap_embed" else pooled.mean(dim=0)
 
     query = side(positive)
     if negative is not None:
