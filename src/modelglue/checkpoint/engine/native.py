@@ -1,7 +1,7 @@
 """Weighted sums in machine code: every input is read once, the result is rounded as it is stored and written where it is wanted, once.
 
 Plain torch makes a pass over the chunk for every conversion, product and sum, which costs three times what the memory allows. The function
-below makes one. The system's C compiler makes it in a few seconds, beside the work, and it is kept in the cache. It gives torch's bits: one
+below makes one. The system's C compiler makes it in half a second, beside the work, and it is kept in the cache. It gives torch's bits: one
 rounding for every product and every sum, none fused. Until it is there, where there is no compiler, and for what it does not know (float16,
 float64), torch does the work.
 """
@@ -45,37 +45,36 @@ static inline uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); r
 static inline uint32_t rounded(uint32_t bits) { return (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u; }
 static inline uint32_t infinite(uint32_t bits) { return (bits & 0x7f800000u) == 0x7f800000u; }
 
-/* one block; every argument but the pointers and scales is a constant where this is called */
-static inline __attribute__((always_inline)) uint32_t block(
-    int64_t at, int n, int count, const void *const *inputs, const int *halves, const float *scales,
-    const void *base, int base_half, int round_half, void *restrict out, int out_half)
+#define READ(p, is_half, k) ((is_half) ? widened(((const uint16_t *)(p))[k]) : ((const float *)(p))[k])
+#define TERM(p, is_half, scale, k) ((below ? READ(p, is_half, k) - below[k] : READ(p, is_half, k)) * (scale))
+#define LOOP(...) { for (int k = 0; k < n; k++) { __VA_ARGS__; } }
+#define BY_BASE(loop) if (below) loop else { const float *below = 0; loop }
+#define BY_KIND(loop) if (is_half) BY_BASE(loop(1)) else BY_BASE(loop(0))
+
+/* sum = scale x, or sum + scale x, with x - below for x where there is a base */
+static void start(float *restrict sum, const void *p, int is_half, float scale, const float *below, int n)
 {
-    float sum[BLOCK];
+#define FIRST(h) LOOP(sum[k] = TERM(p, h, scale, k))
+    BY_KIND(FIRST)
+}
+static void go_on(float *restrict sum, const void *p, int is_half, float scale, const float *below, int n)
+{
+#define NEXT(h) LOOP(sum[k] += TERM(p, h, scale, k))
+    BY_KIND(NEXT)
+}
+
+/* the sum (or that of two inputs, in one pass) as it is stored; whether some of it is not finite */
+static inline __attribute__((always_inline)) uint32_t finish(
+    const float *sum, const void *p, const void *q, float scale, float second, const float *below, int n,
+    int round_half, void *restrict out, int out_half)
+{
     uint32_t bad = 0;
-#define READ(p, is_half, k) ((is_half) ? widened(((const uint16_t *)(p))[at + (k)]) : ((const float *)(p))[at + (k)])
-#define BELOW(k) (base ? READ(base, base_half, k) : 0.0f)
-#define TERM(i, is_half, k) ((base ? READ(inputs[i], is_half, k) - BELOW(k) : READ(inputs[i], is_half, k)) * scales[i])
-#define FINISH(value) \
-    for (int k = 0; k < n; k++) { \
-        float x = value; if (base) x += BELOW(k); \
+#define STORE(value) LOOP( \
+        float x = value; if (below) x += below[k]; \
         uint32_t bits = bits_of(x); bad |= infinite(bits); \
         if (round_half) { bits = rounded(bits); bad |= infinite(bits); } \
-        if (out_half) ((uint16_t *)out)[at + k] = (uint16_t)(bits >> 16); else { memcpy(&x, &bits, 4); ((float *)out)[at + k] = x; } \
-    }
-#define BY_KIND(is_half, loop) if (is_half) { loop(1) } else { loop(0) }
-    if (count == 1) {
-#define ONLY(h) FINISH(TERM(0, h, k))
-        BY_KIND(halves[0], ONLY)
-    } else if (count == 2 && halves[0] && halves[1]) {
-        FINISH(TERM(0, 1, k) + TERM(1, 1, k))
-    } else {
-#define FIRST(h) for (int k = 0; k < n; k++) sum[k] = TERM(0, h, k);
-#define NEXT(h) for (int k = 0; k < n; k++) sum[k] += TERM(i, h, k);
-#define LAST(h) FINISH(sum[k] + TERM(count - 1, h, k))
-        BY_KIND(halves[0], FIRST)
-        for (int i = 1; i < count - 1; i++) BY_KIND(halves[i], NEXT)
-        BY_KIND(halves[count - 1], LAST)
-    }
+        if (out_half) ((uint16_t *)out)[k] = (uint16_t)(bits >> 16); else { memcpy(&x, &bits, 4); ((float *)out)[k] = x; })
+    if (sum) { BY_BASE(STORE(sum[k])) } else { BY_BASE(STORE(TERM(p, 1, scale, k) + TERM(q, 1, second, k))) }
     return bad;
 }
 
@@ -83,16 +82,24 @@ static inline __attribute__((always_inline)) uint32_t block(
 int modelglue_sum(int64_t length, int count, const void **inputs, const int *halves, const float *scales,
                   const void *base, int base_half, int round_half, void *out, int out_half)
 {
+    float sum[BLOCK], base_block[BLOCK];
     uint32_t bad = 0;
-#define RUN(base_, base_half_, round_, out_half_) \
-    for (int64_t at = 0; at < length; at += BLOCK) \
-        bad |= block(at, length - at < BLOCK ? (int)(length - at) : BLOCK, count, inputs, halves, scales, \
-                     base_, base_half_, round_, out, out_half_);
-#define RUN_OUT(base_, base_half_) \
-    if (round_half && out_half) RUN(base_, base_half_, 1, 1) \
-    else if (round_half) RUN(base_, base_half_, 1, 0) \
-    else RUN(base_, base_half_, 0, 0)
-    if (!base) RUN_OUT((const void *)0, 0) else if (base_half) RUN_OUT(base, 1) else RUN_OUT(base, 0)
+    const int pair = count == 2 && halves[0] && halves[1];
+    for (int64_t at = 0; at < length; at += BLOCK) {
+        const int n = length - at < BLOCK ? (int)(length - at) : BLOCK;
+        const float *below = base ? base_block : 0;
+#define AT(p, is_half) ((const char *)(p) + at * ((is_half) ? 2 : 4))
+        if (base) start(base_block, AT(base, base_half), base_half, 1.0f, 0, n);
+        for (int i = 0; i < count && !pair; i++)
+            (i ? go_on : start)(sum, AT(inputs[i], halves[i]), halves[i], scales[i], below, n);
+        const float *done = pair ? 0 : sum;
+        const void *p = AT(inputs[0], 1), *q = AT(inputs[count > 1], 1);
+        void *to = (char *)out + at * (out_half ? 2 : 4);
+        const float scale = scales[0], second = scales[count > 1];
+        if (round_half && out_half) bad |= finish(done, p, q, scale, second, below, n, 1, to, 1);
+        else if (round_half) bad |= finish(done, p, q, scale, second, below, n, 1, to, 0);
+        else bad |= finish(done, p, q, scale, second, below, n, 0, to, 0);
+    }
     return bad != 0;
 }
 """
