@@ -23,7 +23,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         parts.append(_racing(rows))
     if any(row["budget"] == "200 trials" for row in rows):
         parts.append(_start(rows))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def interval(values: Sequence[float]) -> str:
@@ -104,6 +104,8 @@ def _racing(rows: Rows) -> str:
             f"{name} | {items[False]:.0f} | {items[True]:.0f} | {100 * items[True] / items[False]:.0f} % | {interval(list(gaps.values()))}"
         )
     means = [statistics.fmean(gaps) for gaps in by_seed.values()]
+    if not means:
+        return ""
     if strategies[False]:
         share = f"{100 * strategies[True] / strategies[False]:.0f} %"
         lines.append(f"*the heuristics of Model-GLUE* | {strategies[False]:.0f} | {strategies[True]:.0f} | {share} | ")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from modelglue.recipe import Scores
 from modelglue.search.objective import Objective
-from modelglue.search.racing import compare, leader_of, schedule
+from modelglue.search.racing import Crowd, compare, leader_of, schedule
 
 MEAN = Objective()
 few = settings(max_examples=30, deadline=None)
@@ -91,3 +91,44 @@ def test_equally_good_candidates_are_seldom_given_up() -> None:
         a, b = (generator.random(200) < 0.6).astype(float), (generator.random(200) < 0.6).astype(float)
         lost += any(compare(scores(t=list(a[:n])), scores(t=list(b)), MEAN).behind for n in range(25, 200, 25))
     assert lost < 50
+
+
+def test_what_is_scored_already_is_certain() -> None:
+    """Of 120 items 60 are known: the bound is as wide as the other 60 allow, and after all of them there is none."""
+    a, b = [0.0] * 30 + [1.0] * 30, [1.0] * 10 + [0.0] * 10 + [1.0] * 40
+    endless = compare(scores(t=a), scores(t=b), MEAN)
+    half = compare(scores(t=a), scores(t=b), MEAN, {"t": 120})
+    assert half.difference == endless.difference == pytest.approx(-1 / 3)
+    assert half.upper - half.difference == pytest.approx((endless.upper - endless.difference) * math.sqrt(0.5))
+    done = compare(scores(t=a), scores(t=b), MEAN, {"t": 60})
+    assert done.upper == done.difference < 0
+
+
+def test_a_candidate_is_compared_with_the_crowd_where_that_says_more() -> None:
+    """The leader is better by luck on odd items; the crowd answers as the candidate does, so the leader's mean alone matters."""
+    generator = np.random.default_rng(1)
+    hard = (generator.random(200) < 0.5).astype(float)
+    leader = np.where(generator.random(200) < 0.3, 1.0, hard)
+    crowd = Crowd()
+    for _ in range(4):
+        crowd.add(scores(t=list(hard)))
+    candidate = scores(t=list(hard[:60]))
+    direct = compare(candidate, scores(t=list(leader)), MEAN, {"t": 200})
+    gap = compare(candidate, scores(t=list(leader)), MEAN, {"t": 200}, crowd.scores)
+    assert gap.difference == gap.upper == pytest.approx(hard.mean() - leader.mean())
+    assert direct.upper > direct.difference
+    again = compare(candidate, scores(t=list(leader[:60])), MEAN, {"t": 200}, crowd.scores)  # a leader that is not whole
+    assert again.upper > again.difference
+
+
+@few
+@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=2, max_size=40))
+def test_the_whole_difference_is_what_a_whole_candidate_is_estimated_at(pairs: list[tuple[float, float]]) -> None:
+    """Whatever the crowd, an estimate after all items is the difference itself."""
+    mine, theirs = [a for a, _ in pairs], [b for _, b in pairs]
+    crowd = Crowd()
+    crowd.add(scores(t=theirs))
+    crowd.add(scores(t=[1.0] * len(pairs)))
+    gap = compare(scores(t=mine), scores(t=theirs), MEAN, {"t": len(pairs)}, crowd.scores)
+    assert gap.difference == pytest.approx(np.mean(mine) - np.mean(theirs))
+    assert gap.upper == gap.difference

@@ -41,7 +41,7 @@ class CmaSearch:
     Time: O(dimensions^3) per generation at worst; memory O(dimensions^2).
     """
 
-    needs = Needs(racing="incumbent")
+    needs = Needs(racing="batch")
 
     def __init__(
         self, decoder: Decoder, *, seed: int = 42, trials: int | None = TRIALS, population: int | None = None, sigma: float = SIGMA,
@@ -74,10 +74,11 @@ class CmaSearch:
         self._since_best = 0
         self._parents: tuple[int, ...] = ()
 
-    def lasting(self, trials: int, generations: int) -> CmaSearch:
-        """The same, ending after so many trials or generations, whichever is more, if it has not ended before."""
+    def lasting(self, least: int, generations: int, most: int) -> CmaSearch:
+        """The same, for `least` trials or so many generations, whichever is more; then until `patience` or `most` trials end it."""
         if self._trials is None:
-            self._trials = max(trials, generations * self._population) + 1  # the start is one more
+            self._least = max(least, generations * self._population) + 1  # the start is one more
+            self._trials = max(most, self._least)
         return self
 
     def ask(self, n: int) -> list[Proposal]:

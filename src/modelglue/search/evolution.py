@@ -38,7 +38,7 @@ class EvolutionSearch:
 
     @property
     def needs(self) -> Needs:
-        return Needs(frozenset({"E1"}), "off") if self._every else Needs(racing="incumbent")
+        return Needs(frozenset({"E1"}), "off") if self._every else Needs(racing="batch")
 
     def ask(self, n: int) -> list[Proposal]:
         self._asked = [tuple(point) for point in self._nsga.ask().tolist()]

@@ -103,8 +103,7 @@ def gathered(
     best = order[0] if order else None
     usable = {id_: scores for id_, scores in confirmed.items() if scores.status == "ok"}
     if usable:
-        finalists = [outcome for outcome in order if outcome.id in usable]
-        best = max(finalists, key=lambda one: (objective(usable[one.id].tasks()), one.merit, -one.id))
+        best = max((one for one in outcomes if one.id in usable), key=lambda one: (objective(usable[one.id].tasks()), one.merit, -one.id))
     distinct = list({outcome.proposal.candidate.key: outcome for outcome in reversed(order) if outcome.proposal.candidate}.values())
     distinct.sort(key=lambda outcome: outcome.id)
     front, volume = _front(distinct)

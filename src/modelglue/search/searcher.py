@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 from modelglue.errors import UserError
 from modelglue.recipe import Candidate, Evaluator, Level, Scores, Status
 
-#: `batch`: only the best of what is asked together matters, so all race against each other; `incumbent`: their order matters too, so
-#: they race against the best so far; `off`: every score must be whole
+#: `batch`: what is asked together races against each other and the best so far; `incumbent`: against the best so far alone; `off`: every
+#: score must be whole
 Racing: TypeAlias = Literal["off", "incumbent", "batch"]
 #: how much a loss may count beside a score: less than the smallest step of any score
 _TIE = 1e-9
@@ -132,6 +132,16 @@ def told(outcomes: Sequence[Outcome]) -> list[float]:
     known = [outcome.merit for outcome in outcomes if math.isfinite(outcome.value)]
     floor = min(known) - max(1.0, max(known) - min(known)) if known else 0.0
     return [outcome.merit if math.isfinite(outcome.value) else floor for outcome in outcomes]
+
+
+def finalists(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
+    """The best `count` recipes, each once: those that were scored whole, then, by their estimates, those that were given up on."""
+    behind = sorted((one for one in outcomes if one.status == "pruned"), key=lambda outcome: (-outcome.value, outcome.id))
+    once: dict[str, Outcome] = {}
+    for outcome in [*ranked(outcomes), *behind]:
+        if outcome.proposal.candidate is not None:
+            once.setdefault(outcome.proposal.candidate.key, outcome)
+    return list(once.values())[:count]
 
 
 def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -25,7 +25,7 @@ from modelglue.search.merge3 import ItemResponseFitness
 from modelglue.search.objective import Objective
 from modelglue.search.random_search import RandomSearch
 from modelglue.search.recycling import RecyclingSearch
-from modelglue.search.searcher import Budget, Searcher
+from modelglue.search.searcher import Budget, Outcome, Searcher
 from modelglue.search.tpe import TpeSearch
 
 
@@ -223,11 +223,11 @@ def _from_heuristic(settings: SearchSettings, options: _Options) -> Searcher:
         raise UserError("searcher cma: a heuristic start is for linear merges of whole models. Leave init out, or search those.")
     members = settings.members
 
-    def refined(outcomes: object) -> CmaSearch:
+    def refined(outcomes: Sequence[Outcome]) -> CmaSearch:
         selection = heuristic.selections()[-1]
         space = NearbySpace(selection.weights, width, free_zero)
         search = CmaSearch(space, **{"start": dict.fromkeys(members, 0.0), "patience": 2, "name": "heuristic", "trials": None, **options})
-        return search.lasting(50, 4)
+        return search.lasting(50, 4, TRIALS - len(outcomes))
 
     heuristic = HeuristicSearch(members, "coefficient", coarse=coarse)
     return StagedSearch(lambda _: heuristic, refined)

@@ -17,8 +17,8 @@ from modelglue.recipe import WHOLE, Candidate, Cost, Evaluator, Plan, Request, S
 from modelglue.search.fitness import Everything, Fitness, Halving, Part
 from modelglue.search.journal import Asked, Journal, as_text
 from modelglue.search.objective import Objective
-from modelglue.search.racing import Gap, compare, leader_of
-from modelglue.search.searcher import Budget, Outcome, Proposal, Racing, Searcher, offered, ranked
+from modelglue.search.racing import Crowd, Gap, compare, leader_of
+from modelglue.search.searcher import Budget, Outcome, Proposal, Racing, Searcher, finalists, offered, ranked
 
 #: event name and its fields
 Listener = Callable[[str, dict[str, Any]], None]
@@ -65,6 +65,7 @@ class Study:
         self._rows: dict[int, int] = {}  # the candidate under which the journal keeps the scores of another one with the same key
         self._paid: set[tuple[int, int]] = set()
         self._best: list[Outcome] = []
+        self._crowd = Crowd()
         self._asked = 0
         self._batches = 0
         self._stalled = 0
@@ -240,7 +241,9 @@ class Study:
         if not standing:
             return {}
         leader, ahead = standing[leader_of(standing, self.objective)]
-        gaps = {id_: compare(scores[id_], ahead, self.objective) for id_ in active if id_ != leader}
+        sizes = {task: sum(len(part.get(task, ())) for part in self._prepared) for task in self.evaluator.tasks}
+        crowd = self._crowd.scores
+        gaps = {id_: compare(scores[id_], ahead, self.objective, sizes, crowd) for id_ in active if id_ != leader}
         return {id_: (leader, gap) for id_, gap in gaps.items() if gap.behind}
 
     def _lower(self, active: Sequence[int], scores: Mapping[int, Scores], kept: int) -> dict[int, tuple[int, Gap]]:
@@ -290,6 +293,9 @@ class Study:
 
     def _remember(self, outcomes: Sequence[Outcome]) -> None:
         """What was scored counts, told or not."""
+        for outcome in outcomes:
+            if outcome.whole and self._first[_key(outcome)].id == outcome.id:
+                self._crowd.add(outcome.scores)
         self.outcomes += outcomes
         self._best = ranked([*self._best, *outcomes])[:1]
 
@@ -346,11 +352,14 @@ class Study:
         """Score the best again, on items that they were not chosen by."""
         if self.confirm is None:
             return
-        best = {outcome.proposal.candidate.key: outcome for outcome in reversed(ranked(self.outcomes)) if outcome.proposal.candidate}
-        finalists = list(reversed(best.values()))[: self.finalists]
         everything: Part = {task: tuple(self.confirm.items(task)) for task in self.confirm.tasks}
-        wanted = [(outcome.id, outcome.proposal.candidate, everything) for outcome in finalists]
+        wanted = [(outcome.id, outcome.proposal.candidate, everything) for outcome in finalists(self.outcomes, self.finalists)]
         self.confirmed = dict(self._evaluate(CONFIRM, 0, wanted, self.confirm))
+
+
+def _key(outcome: Outcome) -> str:
+    assert outcome.proposal.candidate is not None, "scored without a recipe"
+    return outcome.proposal.candidate.key
 
 
 def _whole(parts: Sequence[Part]) -> Part:
