@@ -79,6 +79,19 @@ def test_more_than_may_wait_is_sent_away_and_nothing_of_it_begun() -> None:
         engine.submit([mail.job("e")])
 
 
+def test_more_choices_than_rows_would_wait_for_ever() -> None:
+    with Engine(ModelHost(alphabet()), Limits(rows=2, choices=2)) as engine, pytest.raises(UserError, match="asks for 3 choices"):
+        engine.submit([Mail().job("a", choices=3)])
+
+
+def test_prompts_of_clients_are_not_remembered() -> None:
+    model, mail = alphabet(), Mail()
+    with Engine(ModelHost(model)) as engine:
+        engine.submit([mail.job("abc")])
+        mail.until_over(1)
+    assert model.encoder._known == {}
+
+
 def test_rows_beyond_the_limit_wait_for_their_turn() -> None:
     mail = Mail()
     with Engine(ModelHost(alphabet()), Limits(rows=2, choices=2)) as engine:

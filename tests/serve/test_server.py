@@ -317,3 +317,13 @@ def test_a_model_without_a_chat_template(folder: Path, tmp_path: Path) -> None:
         pytest.raises(openai.BadRequestError, match="this model has no chat template"),
     ):
         client.chat.completions.create(model="plain", messages=[{"role": "user", "content": "abc"}])
+
+
+def test_a_body_that_never_ends(folder: Path) -> None:
+    with serving(Engine(host_of(alone(folder, "llama")), Limits(timeout=0.05)), "llama") as url:
+        parts = urlsplit(url)
+        with socket.create_connection((parts.hostname, parts.port)) as wire:
+            wire.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+            )
+            assert wire.recv(100).startswith(b"HTTP/1.1 408 ")

@@ -91,6 +91,10 @@ class TextEncoder:
             self._known |= zip(new, self._encoded(new), strict=True)
         return [self._known[text] for text in texts]
 
+    def once(self, text: str) -> list[int]:
+        """The ids of a text from outside, that nobody may ever ask again: it is not remembered. At least one id."""
+        return self._encoded([text])[0] or [self.first]
+
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
         found: list[list[int]] = [[] for _ in texts]
         for begun in (False, True):

@@ -51,7 +51,7 @@ class Writer:
 
     def ids(self, prompt: str) -> list[int]:
         """The ids of a whole prompt, at least one."""
-        return self.model.encoder.encode([prompt])[0] or [self.model.encoder.first]
+        return self.model.encoder.once(prompt)
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The prompt that the model's chat template makes of messages. UserError without a template, or where it refuses them."""

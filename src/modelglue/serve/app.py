@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import re
@@ -78,11 +79,7 @@ class Server:
         """The request's body: checked for size while it arrives, then for what it says."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError("the content type must be application/json.", status=415)  # web pages cannot send that unasked
-        largest, body = self.engine.limits.body, bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > largest:
-                raise RequestError(f"the body is larger than {largest:,} bytes. Send less.", status=413)
+        body = await self._body(request)
         try:
             value = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -96,6 +93,18 @@ class Server:
         if asked.tokens is not None and asked.tokens > limits.tokens:
             raise RequestError(f"max_tokens is {asked.tokens}; this server writes {limits.tokens} at most.", param="max_tokens")
         return asked
+
+    async def _body(self, request: Request) -> bytes:
+        limits, body = self.engine.limits, bytearray()
+        try:
+            async with asyncio.timeout(limits.timeout):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limits.body:
+                        raise RequestError(f"the body is larger than {limits.body:,} bytes. Send less.", status=413)
+        except TimeoutError as error:
+            raise RequestError(f"the body was not complete after {limits.timeout:g} seconds.", status=408) from error
+        return bytes(body)
 
     def _job(self, asked: CompletionRequest | ChatRequest, **what: Any) -> Job:
         return Job(

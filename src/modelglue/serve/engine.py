@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
-from modelglue.errors import ModelGlueError, RunError
+from modelglue.errors import ModelGlueError, RunError, UserError
 from modelglue.models.running import Row, RunningBatch
 from modelglue.models.writer import Asked, Writer
 from modelglue.serve.hosts import Host, Placed
@@ -98,8 +98,10 @@ class Engine:
         self._thread.join()
 
     def submit(self, jobs: Iterable[Job]) -> None:
-        """All of them, or none: BusyError where too many wait."""
+        """All of them, or none: BusyError where too many wait, UserError for more choices than are ever written at a time."""
         jobs = list(jobs)
+        if most := max((job.choices for job in jobs if job.choices > self.limits.rows), default=0):
+            raise UserError(f"a prompt asks for {most} choices, but {self.limits.rows} rows are written at a time. Ask for fewer.")
         deadline = time.monotonic() + self.limits.timeout
         with self._changed:
             if self._closing:
