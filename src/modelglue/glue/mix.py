@@ -10,6 +10,7 @@ from modelglue.glue.bench import Bench, prompts_of, without_prompts
 from modelglue.glue.decide import Representative, references_from
 from modelglue.glue.experts import Verdict
 from modelglue.glue.learned import PlannedRouter
+from modelglue.glue.levels import OneModel
 from modelglue.glue.replay import MixturePlan, PlannedExpert, path_of
 from modelglue.glue.run_folder import RunFolder
 from modelglue.mixture import Mixture, load_report, oracle_gap
@@ -119,7 +120,9 @@ def self_test_of(mixture: Mixture) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def confirm(bench: Bench, representatives: Sequence[Representative], mixture: Mixture | None) -> tuple[dict[str, Any], Scores | None]:
+def confirm(
+    bench: Bench, representatives: Sequence[Representative], mixture: Mixture | OneModel | None
+) -> tuple[dict[str, Any], Scores | None]:
     """The outcome: the mixture, or the best representative where there is none; unless a candidate is better by more than chance.
 
     Candidates are the representatives and all single models: what won on the proxy may have won by luck. Judged on confirmation items
@@ -162,7 +165,7 @@ def final_results(
     bench: Bench,
     representatives: Sequence[Representative],
     verdicts: Sequence[Verdict],
-    mixture: Mixture | None,
+    mixture: Mixture | OneModel | None,
     outcome: Mapping[str, Any],
 ) -> dict[str, Any]:
     """results.json: every single model, uniform averages, representatives and the result, on test items."""
@@ -194,7 +197,7 @@ def final_results(
             comparisons.append(_comparison(r.name, own, member, by_name[member].only(verdict.won), verdict.won))
             comparisons.append(_comparison(r.name, own, average, by_name[average].only(verdict.won), verdict.won))
     routing = None
-    if mixture is not None:
+    if mixture is not None and not isinstance(mixture, OneModel):
         tasks = bench.tasks[split]
         routing = load_report(mixture, {skill: tasks.contexts(skill) for skill in tasks.skills}).load
     return {

@@ -17,6 +17,7 @@ from typing import Any
 from modelglue.checkpoint import save
 from modelglue.glue import decide, mix
 from modelglue.glue.bench import Bench, Listener, open_bench, run_key
+from modelglue.glue.levels import choose_level, opened
 from modelglue.glue.replay import Replay, is_replay, rebuild, write_replay
 from modelglue.glue.run_folder import RunFolder, open_run
 from modelglue.glue.schema import GlueFile
@@ -105,16 +106,16 @@ def _walk(bench: Bench, run: RunFolder, workers: int | None) -> None:
     kept = [(r, verdict) for r, verdict in zip(representatives, verdicts, strict=True) if verdict.kept]
     plan = mix.plan_mixture(bench, run, kept) if len(kept) > 1 else None
     if plan is not None:
-        plan = mix.learn(bench, run, kept, plan)
+        plan = choose_level(bench, run, mix.learn(bench, run, kept, plan))
     with run.timed("mixture"):
         if plan is not None and not run.path("mixture").is_dir():
             plan.write(run.root, run.path("mixture"))
-        mixture = Mixture.load(run.path("mixture")) if plan is not None else None
+        mixture = opened(plan, run.path("mixture")) if plan is not None else None
         if plan is not None and mixture is not None:
             plan = plan.decided(mixture.manifest)
         outcome, scores = mix.confirm(bench, representatives, mixture)
     router = None
-    if mixture is not None and scores is not None:
+    if isinstance(mixture, Mixture) and scores is not None:
         router = mix.diagnose(bench, mixture, scores, {r.name: r.proxy for r, _ in kept})
         router["learned"] = mix.how_learned(run)
     decisions = {
@@ -126,6 +127,7 @@ def _walk(bench: Bench, run: RunFolder, workers: int | None) -> None:
             for r, v in zip(representatives, verdicts, strict=True)
         ],
         "router": router,
+        "levels": (run.read_json("levels.json") or {}).get("levels"),
         "outcome": outcome,
     }
     run.write_json("decisions.json", decisions)

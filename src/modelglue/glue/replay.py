@@ -22,6 +22,7 @@ from modelglue.glue.decide import Representative, references_from
 from modelglue.glue.learned import PlannedRouter
 from modelglue.glue.run_folder import RunFolder, open_run
 from modelglue.mixture import ExpertSpec, Manifest, RouterSpec, TrainedRouter, write_mixture
+from modelglue.mixture.levels import prepare
 from modelglue.recipe import Document, Recipe, build, canonical, read_recipe
 
 RECIPE = "recipe.yaml"
@@ -55,6 +56,10 @@ class MixturePlan(Planned):
     route_span: str = "prompt"
     seed: int = 0
     pack: bool = False
+    level: Literal["model", "ffn"] = "model"
+    """`model`: complete models behind one router; `ffn`: one model whose feed-forward networks are the experts."""
+    routing: Literal["sample", "token"] = "sample"
+    merged_layers: int = 0
     learned: PlannedRouter | None = None
     """The router that was learned from scores; then mode, layer and temperature above, and the prompts, are not used."""
 
@@ -75,6 +80,9 @@ class MixturePlan(Planned):
 
     def write(self, root: Path, directory: Path) -> None:
         """Write the mixture folder; references are taken from `root`."""
+        if self.level != "model":
+            prepare(self._inside(), root).write(directory)
+            return
         encoder = None if self.encoder is None else path_of(root, self.encoder)
         trained = None
         if self.learned is not None:
@@ -84,14 +92,29 @@ class MixturePlan(Planned):
             )  # fmt: skip
         write_mixture(directory, self.specs(root), self.router, encoder=encoder, trained=trained, pack=self.pack)
 
+    def _inside(self) -> dict[str, Any]:
+        """What `modelglue mix` is told to make one model of the experts; every layer has a router from the experts' prompts."""
+        return {
+            "level": self.level, "routing": self.routing, "merged_layers": self.merged_layers,
+            "experts": [
+                {
+                    "model": e.model, "name": e.name, "domain": list(e.domain),
+                    "prompts": {"positive": list(e.positive), "negative": list(e.negative)},
+                }
+                for e in self.experts
+            ],
+            "router": {"gate_mode": self.gate_mode, "temperature": self.temperature, "route_span": self.route_span, "seed": self.seed},
+        }  # fmt: skip
+
     def places(self) -> list[str]:
         """Every model that the mixture is made of, its encoder included."""
         encoder = self.encoder if self.learned is None else self.learned.encoder
+        encoder = encoder if self.level == "model" else None
         return [expert.model for expert in self.experts] + ([encoder] if encoder is not None else [])
 
-    def decided(self, manifest: Manifest) -> MixturePlan:
+    def decided(self, manifest: Manifest | None) -> MixturePlan:
         """The plan with what was left to `auto` as it was decided."""
-        if self.learned is not None:
+        if self.learned is not None or manifest is None:
             return self
         encoder = self.encoder
         if encoder is None:

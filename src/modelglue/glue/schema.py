@@ -64,7 +64,9 @@ class SelectOptions(Group):
 class MixtureOptions(Group):
     """Which representatives become experts, and how they are joined."""
 
-    level: Literal["model"] = "model"
+    level: Literal["model", "auto"] = "model"
+    """`model`: complete models behind one router; `auto`: that, or one model whose feed-forward networks are the experts, whichever scores
+    best on the proxy items."""
     router: Literal["linear", "mlp"] = "linear"
     """`mlp` has one hidden layer, and has to be learned."""
     routing: Literal["sample"] = "sample"
@@ -137,9 +139,7 @@ class GlueFile(Group):
     @model_validator(mode="after")
     def _an_mlp_is_learned(self) -> GlueFile:
         if self.mixture.router == "mlp" and self.router.source != "scores":
-            raise ValueError(
-                "mixture.router is 'mlp', which prompts cannot make; give router.source: scores, or mixture.router: linear"
-            )
+            raise ValueError("mixture.router is 'mlp', which prompts cannot make; give router.source: scores, or mixture.router: linear")
         return self
 
     @model_validator(mode="after")

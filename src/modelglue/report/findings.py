@@ -91,6 +91,8 @@ def merging(decisions: Mapping[str, Any]) -> str:
 def experts(decisions: Mapping[str, Any]) -> str:
     kept = sum(expert["kept"] for expert in decisions["experts"])
     whole = text.number_of(len(decisions["experts"]), "representative", "representatives")
+    if decisions["router"] is None and kept > 1:
+        return f"{kept} of {whole} became experts inside one model, with a router in every layer."
     if decisions["router"] is None:
         return f"{whole}, no router: " + ("nothing to route." if len(decisions["experts"]) == 1 else "one of them is best at everything.")
     return f"{kept} of {whole} became experts."

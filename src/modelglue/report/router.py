@@ -31,7 +31,17 @@ def experts_view(decisions: Mapping[str, Any]) -> dict[str, Any]:
                 "cells": list(cells([found["tasks"][s] for s in skills], [s in expert["won"] for s in skills], low, high)),
             }
         )
-    return {"skills": skills, "rows": shown, "low": low, "high": high, "reasons": any(row["reason"] for row in shown)}
+    return {"skills": skills, "rows": shown, "low": low, "high": high, "reasons": any(row["reason"] for row in shown),
+            "levels": _levels(decisions.get("levels")), "inside": sum(expert["kept"] for expert in experts) > 1}  # fmt: skip
+
+
+def _levels(found: Sequence[Mapping[str, Any]] | None) -> str | None:
+    """The ways to join the experts that were tried, with their proxy scores; those that are closed are named."""
+    if not found:
+        return None
+    open_ = [f"{row['name']} {text.score(row['score'])}" for row in found if row["score"] is not None]
+    closed = [row["name"] for row in found if row["score"] is None]
+    return "Ways to join them, on proxy items: " + ", ".join([*open_, *(f"{name}: these experts do not allow it" for name in closed)]) + "."
 
 
 def router_view(decisions: Mapping[str, Any], routing: Counts | None, split: str | None) -> dict[str, Any]:
