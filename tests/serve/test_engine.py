@@ -219,6 +219,25 @@ def test_experts_take_turns_by_the_oldest_prompt(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_trained_experts_of_two_tokenizers(tiny_zoo: Path, tmp_path: Path) -> None:
+    """The committed zoo: a Llama that sorts, and a GPT-NeoX with another vocabulary that doubles; both solve what only they can."""
+    experts = [
+        ExpertSpec("sort", tiny_zoo / "models" / "sort", ("sort: dcba =", "sort: qwer ="), ("double: abc =",)),
+        ExpertSpec("stranger", tiny_zoo / "models" / "stranger", ("double: abc =", "double: xyz ="), ("sort: dcba =",)),
+    ]
+    write_mixture(tmp_path / "m", experts, RouterSpec(gate_mode="auto", router_layer="auto"), encoder=tiny_zoo / "models" / "sort")
+    mail, questions = Mail(), ["sort: hgfe =", "double: abc =", "sort: mnba =", "double: pqr ="]
+    with Engine(MixtureHost(Mixture.load(tmp_path / "m", "lru:1", dtype="stored"))) as engine:
+        engine.submit([mail.job(question, tokens=12, until=["\n"]) for question in questions])
+        found = mail.until_over(4)
+    who = {name: event.expert for name, event in found if isinstance(event, Started)}
+    assert who == {question: "sort" if question.startswith("sort") else "stranger" for question in questions}
+    texts = [event.text for event in map(last(found).get, questions) if isinstance(event, Ended)]
+    assert texts == Mixture.load(tmp_path / "m").generate(questions, until=["\n"], max_new_tokens=12)
+    assert texts[0].split() == ["efgh"]
+    assert texts[1].split() == ["aabbcc"]
+
+
 def test_mixed_probabilities_are_served_too(tmp_path: Path) -> None:
     for seed, name in enumerate(("one", "two")):
         saved_model(tmp_path / name, "llama", seed=20 + seed, tokenizer=letters())
