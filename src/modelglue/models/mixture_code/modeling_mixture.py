@@ -67,22 +67,25 @@ class Routing:
         """A copy of the model starts without the rows of this one's last call."""
         return {**self.__dict__, "pooled": None, "cache": None, "logits": {}}
 
-    def decide(self, layer: int, states: Tensor, router: Router | None) -> Tensor:
-        """Logits [B, experts] for the rows of `states` [B, T, d]: those of the prompt, where the prompt has been read before."""
+    def decide(self, layer: int, states: Tensor, router: Router | None, *, training: bool) -> Tensor:
+        """Weights [B, experts] of the rows of `states` [B, T, d]: those of the prompt, where the prompt has been read before."""
         kept = None if self.cache is None else self.cache.layers[layer]
+        if kept is not None and kept.weights is not None:
+            self.logits[layer] = kept.logits
+            decided: Tensor = kept.weights
+            return decided
         if self.once and layer != self.first:
             logits = self.logits[self.first]
-        elif kept is not None and kept.logits is not None:
-            logits = kept.logits
         else:
             assert router is not None
             logits = router(self._pool(states))
             if self.pooled is not None:  # a row of pads alone goes to expert 0
                 logits = torch.where(self.pooled.any(dim=1)[:, None], logits, torch.zeros_like(logits))
-        if kept is not None:
-            kept.logits = logits
         self.logits[layer] = logits
-        return logits
+        weights = self.weights(logits, training=training)
+        if kept is not None:
+            kept.logits, kept.weights = logits, weights
+        return weights
 
     def weights(self, logits: Tensor, *, training: bool) -> Tensor:
         """Float32 weights [N, experts] that sum to 1, zero for who is not chosen."""
@@ -117,12 +120,14 @@ class MixedLayer(DynamicLayer):  # type: ignore[misc]
         self.clock = copy.copy(layer)
         self.is_sliding = layer.is_sliding
         self.logits: Tensor | None = None
+        self.weights: Tensor | None = None
         self.parts: dict[int, tuple[Any, Tensor]] = {}
 
-    def part(self, expert: int, rows: Tensor) -> Any:
-        """Keys and values of the rows that this expert serves."""
+    def part(self, expert: int, rows: Tensor | None, count: int) -> Any:
+        """Keys and values of the rows that this expert serves (None: all of `count`)."""
         if expert not in self.parts:
-            self.parts[expert] = (copy.copy(self.empty), rows)
+            device = None if self.logits is None else self.logits.device
+            self.parts[expert] = (copy.copy(self.empty), torch.arange(count, device=device) if rows is None else rows)
         return self.parts[expert][0]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -144,7 +149,7 @@ class MixedLayer(DynamicLayer):  # type: ignore[misc]
         return int(getattr(self.empty, "sliding_window", 2**30))
 
     def reset(self) -> None:
-        self.clock, self.logits, self.parts = copy.copy(self.empty), None, {}
+        self.clock, self.logits, self.weights, self.parts = copy.copy(self.empty), None, None, {}
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         for layer in (self.clock, *(layer for layer, _ in self.parts.values())):
@@ -171,6 +176,7 @@ class MixedLayer(DynamicLayer):  # type: ignore[misc]
                 else:
                     del self.parts[expert]
             self.logits = self.logits[indices]
+            self.weights = None if self.weights is None else self.weights[indices]
         self.clock.batch_select_indices(indices)
 
     def __copy__(self) -> MixedLayer:
@@ -194,21 +200,18 @@ class MixtureFeedForward(nn.Module):
         """States [B, T, d] -> [B, T, d]."""
         count, width = states.shape[:-1].numel(), states.shape[-1]
         if self.routing.by_sample:
-            rows = self.routing.decide(self.layer, states, self.router)
-            logits = rows.repeat_interleave(states.shape[1], dim=0)
+            weights = self.routing.decide(self.layer, states, self.router, training=self.training)
+            weights = weights.repeat_interleave(states.shape[1], dim=0)
         else:
-            logits = self.router(states.reshape(count, width))
-            self.routing.logits[self.layer] = logits
-        weights = self.routing.weights(logits, training=self.training)
+            logits = self.routing.logits[self.layer] = self.router(states.reshape(count, width))
+            weights = self.routing.weights(logits, training=self.training)
         flat = [_flat(value, states) for value in (states, *args)]
         named = {key: _flat(value, states) for key, value in kwargs.items()}
         mixed = torch.zeros_like(flat[0])
-        for number, expert in enumerate(self.experts):
-            rows = weights[:, number].nonzero().flatten()
-            if len(rows):
-                some = len(rows) < count
-                answer = expert(*(_take(v, rows, count) if some else v for v in flat), **(_take(named, rows, count) if some else named))
-                mixed = mixed.index_add(0, rows, answer * weights[rows, number, None].to(answer.dtype))
+        for number, rows in _served(weights):
+            given, more = (flat, named) if rows is None else (_take(flat, rows, count), _take(named, rows, count))
+            answer = self.experts[number](*given, **more)
+            mixed = _added(mixed, rows, answer, weights[:, number])
         return mixed.view(states.shape)
 
 
@@ -235,32 +238,41 @@ class MixtureBlock(nn.Module):
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """States [B, T, d] -> [B, T, d] (the first of a tuple where the layers of this class answer with one)."""
         count = len(states)
-        router = self._modules.get("router")
-        logits = self.routing.decide(self.layer, states, router)  # type: ignore[arg-type]
-        weights = self.routing.weights(logits, training=self.training)
+        router: Any = self._modules.get("router")
+        weights = self.routing.decide(self.layer, states, router, training=self.training)
         kept = None if self.routing.cache is None else self.routing.cache.layers[self.layer]
         mixed, answer = torch.zeros_like(states), None
-        for number, expert in enumerate(self.experts):
-            rows = weights[:, number].nonzero().flatten()
-            if not len(rows):
-                continue
+        for number, rows in _served(weights):
             given, named = (states, *args), kwargs
             if str(number) in self.rotary:
                 named = {**named, "position_embeddings": self.rotary[str(number)](states, named["position_ids"])}
-            if len(rows) < count:
+            if rows is not None:
                 given, named = _take(given, rows, count), {key: _of_rows(key, value, rows, count) for key, value in named.items()}
             if kept is not None:
                 view = copy.copy(self.routing.cache)
                 view.layers = list(view.layers)
-                view.layers[self.layer] = kept.part(number, rows)
+                view.layers[self.layer] = kept.part(number, rows, count)
                 given = tuple(view if isinstance(value, Cache) else value for value in given)
                 named = {key: view if isinstance(value, Cache) else value for key, value in named.items()}
-            answer = expert(*given, **named)
-            found = answer[0] if isinstance(answer, tuple) else answer
-            mixed = mixed.index_add(0, rows, found * weights[rows, number, None, None].to(found.dtype))
+            answer = self.experts[number](*given, **named)
+            mixed = _added(mixed, rows, answer[0] if isinstance(answer, tuple) else answer, weights[:, number])
         if kept is not None:
             kept.tick(states)
         return (mixed, *(None for _ in answer[1:])) if isinstance(answer, tuple) else mixed
+
+
+def _served(weights: Tensor) -> list[tuple[int, Tensor | None]]:
+    """(expert, the rows that it serves; None: all) for every expert of [N, experts] that serves any."""
+    at_work = weights != 0
+    counts = at_work.sum(dim=0).tolist()
+    return [(n, None if found == len(weights) else at_work[:, n].nonzero().flatten()) for n, found in enumerate(counts) if found]
+
+
+def _added(mixed: Tensor, rows: Tensor | None, answer: Tensor, weights: Tensor) -> Tensor:
+    """`mixed` and the weighted answer of an expert for these rows."""
+    answer = answer.to(mixed.dtype)
+    factors = (weights if rows is None else weights[rows]).to(answer.dtype).view(-1, *[1] * (answer.dim() - 1))
+    return torch.addcmul(mixed, answer, factors) if rows is None else mixed.index_add(0, rows, answer * factors)
 
 
 def _flat(value: Any, states: Tensor) -> Any:
