@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from modelglue.adapters import extract_lora
 from modelglue.checkpoint import open_checkpoint, save
 from modelglue.cli.app import main
 from modelglue.errors import CheckpointError, MergeError, RecipeError, UserError
@@ -301,6 +302,16 @@ def test_models_that_cannot_be_used_are_reported_together(zoo: Path, tmp_path: P
         upcycle(value(base_model=str(tmp_path / "mute")), zoo)
     with pytest.raises(MergeError, match="Qwen2MoeForCausalLM"):
         upcycle(value(shared_experts=[{"source_model": "b"}], architecture="mixtral"), zoo)
+
+
+def test_a_model_with_an_adapter_is_an_expert(zoo: Path, tmp_path: Path) -> None:
+    extract_lora(open_checkpoint(zoo / "b"), open_checkpoint(zoo / "a"), tmp_path / "lora", max_rank=4)
+    reference = f"{zoo / 'a'}+{tmp_path / 'lora'}"
+    experts = [value()["experts"][0], {"source_model": reference, "positive_prompts": ["345"]}]
+    made = upcycle(value(experts=experts), zoo).checkpoint
+    adapted = open_checkpoint(reference).tensor("model.layers.0.mlp.up_proj.weight")
+    assert made.tensor("model.layers.0.block_sparse_moe.experts.1.w3.weight").equal(adapted)
+    assert not adapted.equal(open_checkpoint(zoo / "a").tensor("model.layers.0.mlp.up_proj.weight"))
 
 
 # -- the command --------------------------------------------------------------------------------------------------------------------
