@@ -27,8 +27,10 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean and 95 % interval of paired differences, in points, by Student's t."""
+    """Mean and 95 % interval of paired differences, in points, by Student's t; of one difference itself alone."""
     low, high = bounds(values)
+    if len(values) < 2:
+        return f"{100 * values[0]:+.1f}"
     return f"{100 * statistics.fmean(values):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
@@ -73,7 +75,7 @@ def _losers(lines: Sequence[str]) -> Iterator[str]:
     for line in lines[2:]:
         cells = [cell.strip() for cell in line.split("|")]
         for place, what in ((-2, "random search"), (-1, "the uniform average")):
-            if cells[place] and cells[place].rstrip(")").rpartition(" to ")[2].startswith("-"):
+            if cells[place] and cells[place].rstrip(")").partition(" to ")[2].startswith("-"):
                 found = True
                 yield f"{cells[0]} ({'racing' if cells[1] == 'yes' else 'everything'}) against {what} {cells[place]}"
     if not found:
