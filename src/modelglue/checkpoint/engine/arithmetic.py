@@ -116,6 +116,8 @@ class Engine:
         if device.current() is not None:
             return  # what is compiled is for the processor
         elements = sum(job.outputs[name].numel for name in merged)
+        if self._raw(merged[0]):
+            native.ready(elements * (len(job.models) + (job.base is not None)))  # made here, if it pays, and not by every worker
         smallest = min(merged, key=lambda name: (job.outputs[name].numel, name))
         numel = job.outputs[smallest].numel
         stop = numel if job.unit(smallest) == "matrix" else min(CHUNK_ELEMENTS, numel)
@@ -260,6 +262,11 @@ class Engine:
     def _merge_chunk(self, name: str, start: int, stop: int, shape: Sequence[int] | None) -> torch.Tensor:
         import torch
 
+        dtype = torch_dtype(self._job.outputs[name].dtype)
+        if shape is None:
+            stored = torch.empty(stop - start, dtype=dtype)
+            if self._landed(name, start, stop, stored):
+                return stored
         parameters = self._job.parameters_of(name)
         survey = self._survey(name)
         raw = self._raw(name)
@@ -269,7 +276,6 @@ class Engine:
             result = self._job.method.merge(models, base, uniform, survey, start, parameters)
         if raw and not surveyed and any(result is given for given in (*models, base)):
             self._load(name, start, stop, raw=False, check=True)  # nothing was computed in which the others could show
-        dtype = torch_dtype(self._job.outputs[name].dtype)
         stored = result.reshape(-1).to(dtype)
         # The sum of a chunk is finite unless an element is not (or the sum overflows, so look again before complaining).
         total = stored.sum(dtype=torch.float32 if dtype == torch.float16 else None)
