@@ -21,9 +21,8 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "qwen3": {**_COMMON, "head_dim": 4},
     "gemma2": {**_COMMON, "head_dim": 4, "sliding_window": 4},
     "bloom": {"vocab_size": 64, "pad_token_id": 0, "initializer_range": 0.5, "hidden_size": 16, "n_layer": 2, "n_head": 4},
-    "phi": _COMMON,
 }  # fmt: skip
-ARCHITECTURES = ("llama", "mistral-window", "qwen2", "qwen3", "gemma", "gemma2", "gpt_neox", "gpt2", "bloom", "phi")
+ARCHITECTURES = ("llama", "mistral-window", "qwen3", "gemma", "gemma2", "gpt_neox", "gpt2", "bloom")
 #: level, routing
 LEVELS = (("ffn", "token"), ("ffn", "sample"), ("block", "sample"), ("model", "sample"))
 
