@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
+from modelglue.cli.summary import print_summary
 from modelglue.errors import UserError
 from modelglue.evaluation import TaskSet
 from modelglue.glue import GlueResult, glue
@@ -54,6 +57,13 @@ def test_scores_outvote_misleading_prompts(learned: GlueResult) -> None:
     assert held_out["difference"] == pytest.approx(sum(best.values()) / 2)
     assert found["message"].startswith(f"The router learned from scores: {100 * held_out['difference']:+.1f} points (")
     assert (found["training"]["items"], found["training"]["tasks"], found["training"]["hidden"]) == (24, SKILLS, None)
+
+
+def test_the_summary_says_where_the_router_comes_from(learned: GlueResult) -> None:
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_summary(learned, None, console)
+    message = json.loads((learned.run / "router.json").read_text())["message"]
+    assert f"router   {message}" in console.export_text()
 
 
 def test_the_learned_router_stands_in_the_recipe(learned: GlueResult, tmp_path: Path) -> None:

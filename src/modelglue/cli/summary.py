@@ -36,6 +36,8 @@ def print_summary(result: GlueResult, report: Path | None, console: Console) -> 
     for expert in decisions["experts"]:
         mark = "[green]expert[/]  " if expert["kept"] else "[dim]left out[/]"
         console.print(f"{mark} [bold]{escape(expert['name'])}[/]  [dim]{escape(expert['reason'])}[/]")
+    if learned := (decisions["router"] or {}).get("learned"):
+        console.print(f"router   {escape(learned['message'])}", soft_wrap=True)
     if warnings := _warnings(zoo, families, decisions):
         console.print()
         print_warnings(console, warnings)
