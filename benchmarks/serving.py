@@ -68,10 +68,10 @@ def speed(scratch: Path, rounds: int) -> None:
     for number, name in enumerate(prompts):
         write_llama(scratch / name, (512, 1408, 6, 256), number)
         random.append(ExpertSpec(name, scratch / name, (prompts[name],)))
-    print("| experts | router layer | prompts | tokens each | alone, ms a token | mixture, ms a token | ratio |")
+    print("| experts | router layer | prompts | tokens each, at most | alone, ms a token | mixture, ms a token | ratio |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     for title, experts, texts in (
-        ("tiny zoo, 0.1 M", zoo, list(prompts.values())),
+        ("tiny zoo, 0.4 M", zoo, list(prompts.values())),
         ("random, 25 M", random, [f"{prompt} {number}" for number, prompt in enumerate(prompts.values())]),
     ):
         for layer in (0, 2):
