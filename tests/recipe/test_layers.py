@@ -164,6 +164,36 @@ def test_rules_by_layer_number_are_named() -> None:
     config = {"num_hidden_layers": 4, "first_k_dense_replace": 1, "full_attention_interval": 4, "moe_layer_freq": 1}
     [tower] = towers_of(LLAMA, config)
     assert layer_fields(config, tower, "text", sources(config, 0, 1, 2))[1] == []
-    assert [text.split("'")[1] for text in layer_fields(config, tower, "text", sources(config, 0, 0, 1))[1]] == [
+    assert [text.split("'")[1] for text in layer_fields(config, tower, "text", sources(config, 0, 1, 0))[1]] == [
         "full_attention_interval: 4", "first_k_dense_replace: 1",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rules", "numbers", "moved"),
+    [
+        ({"first_k_dense_replace": 1}, (0, 0, 1, 1), {"first_k_dense_replace": 2}),
+        ({"first_k_dense_replace": 2}, (2, 3), {"first_k_dense_replace": 0}),
+        ({"max_window_layers": 1}, (0, 0, 1), {"max_window_layers": 2}),
+        ({"max_window_layers": 4}, (0, 1, 2, 3, 0, 1, 2, 3), {"max_window_layers": 8}),
+        ({"decoder_sparse_step": 2}, (0, 1, 2, 1, 2, 3), {}),
+        ({"attn_layer_period": 2, "attn_layer_offset": 1}, (2, 3), {}),
+        ({"model_type": "gemma2"}, (0, 1, 0, 1), {}),
+        ({"model_type": "gemma2"}, (0, 0, 1), {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
+        (
+            {"model_type": "gemma3_text", "sliding_window_pattern": 2}, (1, 2),
+            {"layer_types": ["full_attention", "sliding_attention"]},
+        ),
+    ],
+)  # fmt: skip
+def test_rules_by_layer_number_move_with_the_layers(rules: dict[str, Any], numbers: tuple[int, ...], moved: dict[str, Any]) -> None:
+    config = {"num_hidden_layers": 4, **rules}
+    [tower] = towers_of(LLAMA, config)
+    assert layer_fields(config, tower, "text", sources(config, *numbers)) == ({"num_hidden_layers": len(numbers), **moved}, [])
+
+
+def test_a_rule_that_differs_between_models_is_not_moved() -> None:
+    ours, theirs = {"num_hidden_layers": 4, "max_window_layers": 1}, {"num_hidden_layers": 4, "max_window_layers": 2}
+    [tower] = towers_of(LLAMA, ours)
+    _, odd = layer_fields(ours, tower, "text", [*sources(ours, 0, 0), *sources(theirs, 1)])
+    assert [text.split("'")[1] for text in odd] == ["max_window_layers: 1"]

@@ -19,6 +19,20 @@ _RULES = (
     "max_window_layers", "interleave_moe_layer_step", "attn_layer_period", "attn_layer_offset", "expert_layer_period",
     "expert_layer_offset", "no_rope_layer_interval", "global_attn_every_n_layers", "num_kv_shared_layers",
 )  # fmt: skip
+#: of those, what holds below a layer or from it on
+_FROM_LAYER = ("first_k_dense_replace", "max_window_layers")
+#: of those, what comes back every so many layers
+_EVERY = (
+    "full_attention_interval", "sliding_window_pattern", "decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step",
+    "attn_layer_period", "expert_layer_period", "no_rope_layer_interval", "global_attn_every_n_layers",
+)  # fmt: skip
+#: each belongs to a period, and follows where that does
+_OFFSETS = {"attn_layer_offset": "attn_layer_period", "expert_layer_offset": "expert_layer_period"}
+#: model types that know the kind of every layer where the config does not list it: every how many layers attention is full, what it is else
+_KNOWN_TYPES: Mapping[str, tuple[int, str]] = {
+    "gemma2": (2, "sliding_attention"), "gpt_oss": (2, "sliding_attention"), "gemma3_text": (6, "sliding_attention"),
+    "cohere2": (4, "sliding_attention"), "olmo3": (4, "sliding_attention"), "qwen3_next": (4, "linear_attention"),
+}  # fmt: skip
 #: what most configs call the number of layers
 _USUAL = "num_hidden_layers"
 #: those that only say how the list of types came about, where there is one
@@ -37,7 +51,7 @@ def layer_fields(config: Mapping[str, Any], tower: Tower, kind: str, layers: Seq
     """Fields to update in the donor's config for a tower that now has these layers, and what cannot be expressed.
 
     `tower` is the donor's. Lists with one item per layer are put together from the configs of the models that the layers come
-    from; lists of layer numbers are renumbered.
+    from; lists of layer numbers are renumbered; rules by layer number are moved where the new order still follows one.
     """
     own = sub_config(config, kind)
     count = len(layers)
@@ -59,16 +73,49 @@ def layer_fields(config: Mapping[str, Any], tower: Tower, kind: str, layers: Seq
             fields[key] = _items(key, kind, layers, value)
         elif isinstance(value, str) and "pattern" in key and len(value) == tower.count:
             fields[key] = "".join(_items(key, kind, layers, list(value)))
-    straight = all(layer.number == at for at, layer in enumerate(layers))
-    if not straight:
-        for key in _RULES:
-            every = 0 if key in ("first_k_dense_replace", "num_kv_shared_layers") else 1  # no rule: the same for all layers
-            if own.get(key) not in (None, 0, every) and not (key in _SAID_BY_TYPES and "layer_types" in own):
-                warnings.append(
-                    f"the config says '{key}: {own[key]}', a rule by layer number that the new order of layers need not follow."
-                )
+    if not all(layer.number == at for at, layer in enumerate(layers)):
+        moved, odd = _moved_rules(own, kind, layers)
+        fields |= moved
+        warnings += odd
     where = sub_config_key(config, kind)
     return ({where: fields} if where is not None else fields), warnings
+
+
+def _moved_rules(own: Mapping[str, Any], kind: str, layers: Sequence[LayerSource]) -> tuple[dict[str, Any], list[str]]:
+    """Rules by layer number that say of the new order what they said of the old one, and what is odd about those that cannot."""
+    fields: dict[str, Any] = {}
+    warnings = []
+    numbers = [layer.number for layer in layers]
+    alike = [all(sub_config(layer.config, kind).get(key) == own.get(key) for layer in layers) for key in _RULES]
+    for key, same in zip(_RULES, alike, strict=True):
+        value = own.get(key)
+        every = 0 if key in _FROM_LAYER or key == "num_kv_shared_layers" else 1  # no rule: the same for all layers
+        if value in (None, 0, every):
+            continue
+        if same and key in _FROM_LAYER and isinstance(value, int):
+            below = [number < value for number in numbers]
+            if below == sorted(below, reverse=True):
+                fields[key] = sum(below) if sum(below) < len(below) else max(value, len(below))
+                continue
+        period = own.get(_OFFSETS.get(key, key)) if key in _EVERY or key in _OFFSETS else None
+        if same and isinstance(period, int) and period > 0 and all((number - at) % period == 0 for at, number in enumerate(numbers)):
+            continue
+        if not (key in _SAID_BY_TYPES and "layer_types" in own):
+            warnings.append(f"the config says '{key}: {value}', a rule by layer number that the new order of layers need not follow.")
+    kinds = [_known_types(sub_config(layer.config, kind), layer.number) for layer in layers]
+    if own.get("layer_types") is None and kinds != [_known_types(own, at) for at in range(len(layers))]:
+        fields["layer_types"] = kinds
+        warnings = [text for text in warnings if not any(f"'{key}:" in text for key in _SAID_BY_TYPES)]
+    return fields, warnings
+
+
+def _known_types(config: Mapping[str, Any], number: int) -> str | None:
+    """What a layer is where the config says it only by its model type."""
+    if config.get("model_type") not in _KNOWN_TYPES:
+        return None
+    usual, otherwise = _KNOWN_TYPES[config["model_type"]]
+    every = next((config[key] for key in ("sliding_window_pattern", "full_attention_interval") if isinstance(config.get(key), int)), usual)
+    return "full_attention" if every and (number + 1) % every == 0 else otherwise
 
 
 def _list(layer: LayerSource, kind: str, key: str, default: Any) -> Any:

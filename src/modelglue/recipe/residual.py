@@ -1,4 +1,4 @@
-"""Pre-norm blocks: which of their tensors write into the residual stream, told from names, and how a scale of the stream folds away."""
+"""Blocks and their residual stream, told from names: which tensors write into it, how a scale of it folds away, what leaves it alone."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ _PRE_NORM = (
     {"self_attn_layer_norm", "final_layer_norm"}, {"attention_norm", "ffn_norm"}, {"operator_norm", "ffn_norm"}, {"norm_1", "norm_2"},
     {"norm"},
 )  # fmt: skip
+#: those of blocks that also, or only, normalise what comes out of their parts before it is added
+_NORMED_OUTPUTS = (
+    {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"},
+    {"post_attention_layernorm", "post_feedforward_layernorm"},
+    {"input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"},
+)  # fmt: skip
+#: first matrices of a feed-forward part whose matrices stand in the block itself, beside its last one
+_BESIDE_WRITERS = {"fc1", "fc_in", "w1", "w3"}
 _NORM = re.compile(r"norm|(?:^|_)ln(?:_|\d|$)")
 #: settings that turn blocks with such names into something else
 _NOT_PRE_NORM = {"apply_residual_connection_post_layernorm": True, "do_layer_norm_before": False, "swin_norm": True}
@@ -48,6 +56,32 @@ def fold_factors(names: Sequence[str], scale: float, config: Mapping[str, Any], 
             )
         factors |= dict.fromkeys((name for name in names if _is_block_norm(name) and name.endswith(".weight")), -1.0)
     return factors
+
+
+def silenced(names: Sequence[str], config: Mapping[str, Any], label: str) -> list[str]:
+    """The tensors of one block (names inside the layer) that are zero in a block that passes its input on unchanged.
+
+    CheckpointError where the names do not tell the last matrix of every part, or where a norm with a bias stands behind it.
+    """
+    norms = {name.split(".")[0] for name in names if _is_block_norm(name)}
+    known = norms in _PRE_NORM or norms in _NORMED_OUTPUTS
+    if not known or any(config.get(key) is value for key, value in _NOT_PRE_NORM.items()):
+        raise CheckpointError(
+            f"{label}: is not known to be a block that adds to its input (its norms: {', '.join(sorted(norms)) or 'none'}), so it cannot "
+            "start as the identity. Known are blocks that normalise before their parts, as in Llama, GPT-NeoX or Gemma."
+        )
+    writers = [name for name in names if _writes(name)]
+    parts = {name.split(".")[0] for name in names} - norms
+    writing = {name.split(".")[0] for name in writers}
+    if odd := sorted(parts - writing - (_BESIDE_WRITERS if writing else set())):
+        raise CheckpointError(
+            f"{label}: has a part '{odd[0]}' whose output projection is not known, so the block cannot start as the identity. "
+            f"Known are {', '.join(_WRITES)}."
+        )
+    biased = [name for name in names if _is_block_norm(name) and name.endswith(".bias")]
+    if norms in _NORMED_OUTPUTS and biased:
+        raise CheckpointError(f"{label}: '{biased[0]}' is added behind the output projections, so the block cannot start as the identity.")
+    return writers
 
 
 def _writes(name: str) -> bool:
