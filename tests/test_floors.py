@@ -48,7 +48,7 @@ COMPUTED = {"modelglue", "modelglue.methods.registry", "modelglue.checkpoint.eng
 REGISTRY_NEEDS = {"modelglue.errors", "modelglue.checkpoint"}
 SHARED_ARITHMETIC_NEEDS = {
     "modelglue.settings", "modelglue.checkpoint.engine.compiled.chunk_function", "modelglue.checkpoint.engine.arithmetic.SURVEY_ELEMENTS",
-    "modelglue.checkpoint.engine.compiled.landing_function", "modelglue.checkpoint.engine.native",
+    "modelglue.checkpoint.engine.native",
 }  # fmt: skip
 
 HEAVY = ("torch", "transformers", "lm_eval", "datasets", "huggingface_hub", "scipy")

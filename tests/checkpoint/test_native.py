@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.resources
+import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,15 +39,29 @@ def values(seed: int, length: int, dtype: torch.dtype, spread: float) -> torch.T
     return (torch.randn(length, generator=generator) * torch.exp(spread * torch.randn(length, generator=generator))).to(dtype)
 
 
+def landed(models: list[torch.Tensor], scales: list[float], store: torch.dtype, base: torch.Tensor | None = None) -> torch.Tensor | None:
+    """The sum as machine code stores it; None where it was not done, or where it is not finite."""
+    out = torch.full((models[0].numel(),), -7.0, dtype=store)
+    done = native.lands(lambda: weighted_sum(models, scales) if base is None else add_scaled(base, models, scales), out, store)
+    return out if done else None
+
+
+def test_the_source_is_part_of_the_package() -> None:
+    assert b"modelglue_sum(" in importlib.resources.files("modelglue.checkpoint.engine").joinpath("sums.c").read_bytes()
+
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
 @needs_compiler
 @settings(max_examples=30, deadline=None)
 @given(
-    length=st.sampled_from([1, 7, 1024, 1025, 5000]),
-    dtypes=st.lists(st.sampled_from([torch.bfloat16, torch.float32]), min_size=1, max_size=5),
-    base=st.sampled_from([None, torch.bfloat16, torch.float32]),
-    stored=st.sampled_from([(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)]),
-    scales=st.lists(st.floats(-3, 3, allow_subnormal=False), min_size=5, max_size=5),
-    spread=st.sampled_from([0.0, 20.0]),
+    length=st.sampled_from([0, 1, 7, 1024, 1025, 5000]),
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=1, max_size=12) | st.sampled_from([[dtype] * 2 for dtype in DTYPES]),
+    base=st.sampled_from([None, *DTYPES]),
+    stored=st.sampled_from([(dtype, kind) for dtype in DTYPES for kind in {dtype, torch.float32}]),
+    scales=st.lists(st.floats(-3, 3, allow_subnormal=False), min_size=12, max_size=12),
+    spread=st.sampled_from([0.0, 3.0, 20.0]),
 )
 def test_the_bits_are_those_of_torch(
     length: int,
@@ -53,7 +72,7 @@ def test_the_bits_are_those_of_torch(
     spread: float,
 ) -> None:
     models = [values(number, length, dtype, spread) for number, dtype in enumerate(dtypes)]
-    below = None if base is None else values(9, length, base, spread)
+    below = None if base is None else values(99, length, base, spread)
 
     def merge() -> torch.Tensor:
         chosen = scales[: len(models)]
@@ -65,22 +84,76 @@ def test_the_bits_are_those_of_torch(
     assert native.ready(length)
     assert native.lands(merge, out, store) == finite
     if finite:
-        assert torch.equal(out, merge().to(store).to(kind))
+        assert bits(out).equal(bits(merge().to(store).to(kind)))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Signed zeros differ."""
+    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_two_bytes_is_read_and_every_boundary_between_two_is_rounded_right(dtype: torch.dtype) -> None:
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.isfinite()]
+    found = landed([every], [1.0], torch.float32)
+    assert found is not None
+    assert bits(found).equal(bits(every.float()))
+    rising = every.float().sort().values
+    middle = (rising[1:].double() + rising[:-1].double()).div(2).float()
+    near = torch.cat([middle, middle.nextafter(torch.tensor(math.inf)), middle.nextafter(torch.tensor(-math.inf))])
+    found = landed([near], [1.0], dtype)
+    assert found is not None
+    assert bits(found).equal(bits(near.to(dtype)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_seen_wherever_it_stands(dtype: torch.dtype, with_base: bool, bad: float) -> None:
+    for at in (0, 1023, 1024, 2047):
+        for place in range(3 if with_base else 2):
+            tensors = [torch.ones(2048, dtype=dtype) for _ in range(3)]
+            tensors[place][at] = bad
+            assert landed(tensors[:2], [0.5, 0.25], dtype, tensors[2] if with_base else None) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize(("dtype", "last"), [(torch.float16, 65519.99), (torch.bfloat16, 3.396e38), (torch.float32, 3.4028234e38)])
+def test_what_overflows_as_it_is_rounded_is_seen(dtype: torch.dtype, last: float) -> None:
+    fits = torch.tensor([0.0, last, -last])
+    found = landed([fits], [1.0], dtype)
+    assert found is not None
+    assert found.equal(fits.to(dtype))
+    assert found.isfinite().all()
+    assert landed([fits * 1.0001], [1.0], dtype) is None
 
 
 @needs_compiler
 def test_what_it_does_not_know_is_left_to_torch() -> None:
-    half = [torch.ones(4, dtype=torch.float16)] * 2
+    ones = [torch.ones(4)] * 2
+    for models in (
+        [torch.ones(4), torch.ones(4, dtype=torch.float64)],
+        [torch.ones(8)[::2]] * 2,  # not contiguous
+        [torch.ones(4), torch.ones(1)],  # not of one length
+        [torch.ones(4), torch.ones(4, device="meta")],
+    ):
+        assert landed(models, [0.5, 0.5], torch.float32) is None
+        assert landed(ones, [0.5, 0.5], torch.float32, base=models[1]) is None
     out = torch.zeros(4)
-    assert not native.lands(lambda: weighted_sum(half, [0.5, 0.5]), out, torch.bfloat16)
-    assert not native.lands(lambda: weighted_sum([torch.ones(8)[::2]] * 2, [0.5, 0.5]), out, torch.bfloat16)
-    assert not native.lands(lambda: weighted_sum([torch.ones(4)] * 2, [0.5, 0.5]) + 1, out, torch.float32)
-    assert torch.equal(weighted_sum(half, [0.5, 0.25]), torch.full((4,), 0.75))  # and outside nothing is written anywhere
+    assert not native.lands(lambda: weighted_sum(ones, [0.5, 0.5]), out, torch.float64)
+    assert not native.lands(lambda: weighted_sum(ones, [0.5, 0.5]), torch.zeros(4, dtype=torch.float16), torch.bfloat16)
+    assert not native.lands(lambda: weighted_sum(ones, [0.5, 0.5]), torch.zeros(8)[::2], torch.float32)
+    assert not native.lands(lambda: weighted_sum(ones, [0.5]), out, torch.float32)  # a scale is missing
+    assert not native.lands(lambda: weighted_sum(ones, [0.5, 0.5]) + 1, out, torch.float32)
+    assert torch.equal(weighted_sum(ones, [0.5, 0.25]), torch.full((4,), 0.75))  # and outside nothing is written anywhere
 
 
 @needs_compiler
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "slerp"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_a_merge_reads_the_same_into_a_place_as_by_itself(method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     models = [TensorsCheckpoint({"w": values(seed, 300_000, dtype, 0.0).view(600, 500)}) for seed in range(3)]
     if method == "linear":
@@ -109,14 +182,50 @@ def test_an_input_that_is_no_number_is_still_named() -> None:
         made.read("w", out=torch.empty(10))
 
 
+def plain_torch_merges() -> bool:
+    """Whether no sum is done in machine code, and a merge comes out right all the same."""
+    models = [TensorsCheckpoint({"w": torch.full((10,), value)}) for value in (1.0, 2.0)]
+    made = MergedCheckpoint(get("linear"), models, parameters={"weight": [0.5, 0.5], "normalize": True})
+    right = torch.equal(made.read("w", out=torch.empty(10)), torch.full((10,), 1.5)) and torch.equal(made.read("w"), torch.full((10,), 1.5))
+    return right and not native.ready(100)
+
+
 def test_without_a_compiler_torch_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELGLUE_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    assert not native.ready(100)
-    models = [TensorsCheckpoint({"w": torch.full((10,), value)}) for value in (1.0, 2.0)]
-    made = MergedCheckpoint(get("linear"), models, parameters={"weight": [0.5, 0.5], "normalize": True})
-    assert torch.equal(made.read("w", out=torch.empty(10)), torch.full((10,), 1.5))
+    assert plain_torch_merges()
+
+
+def test_a_compiler_that_fails_leaves_it_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELGLUE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", "false")
+    assert plain_torch_merges()
+    assert list((tmp_path / "compiled").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_leaves_it_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MODELGLUE_CACHE", str(tmp_path / "file"))
+    assert plain_torch_merges()
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_broken_library_in_the_cache_leaves_it_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELGLUE_CACHE", str(tmp_path))
+    broken = native._path(tmp_path)
+    broken.parent.mkdir()
+    broken.write_bytes(b"\x7fELF and then nothing")
+    assert plain_torch_merges()
+
+
+@needs_compiler
+def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
+    code = "from modelglue.checkpoint.engine import native; assert native.ready(1)"
+    environment = {**os.environ, "MODELGLUE_CACHE": str(tmp_path), "MODELGLUE_COMPILE": "on"}
+    both = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert [path.suffix for path in (tmp_path / "compiled").iterdir()] == [".so"]
 
 
 @needs_compiler

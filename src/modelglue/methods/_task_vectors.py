@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from modelglue.checkpoint.engine import native
-from modelglue.checkpoint.engine.compiled import chunk_function, landing_function
+from modelglue.checkpoint.engine.compiled import chunk_function
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,29 +27,36 @@ def divisor(weight: Sequence[float], normalize: bool) -> float:
     return total if abs(total) >= 1e-8 else 1.0
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """The tensor in float32, if it is stored in less."""
     import torch
 
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
 
 
-@landing_function(native.summed)
 def weighted_sum(models: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-    """sum_i s_i X_i, in the order of the models, at least in float32. Tensors [length], of any floating dtype."""
-    result = _wide(models[0]) * scales[0]
+    """sum_i s_i X_i, in the order of the models, at least in float32; the last step of a method. Tensors [length], of any floating dtype.
+
+    Where the engine says where the result goes, it is written there in one pass, rounded as it is stored.
+    """
+    landed = native.summed(models, scales)
+    if landed is not None:
+        return landed
+    result = wide(models[0]) * scales[0]
     for model, scale in zip(models[1:], scales[1:], strict=True):
-        result += _wide(model) * scale
+        result += wide(model) * scale
     return result
 
 
-@landing_function(native.added)
 def add_scaled(base: Tensor, models: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-    """B + sum_i s_i (X_i - B), at least in float32. Tensors [length], of any floating dtype."""
-    base = _wide(base)
-    result = (_wide(models[0]) - base) * scales[0]
+    """B + sum_i s_i (X_i - B), at least in float32; the last step of a method, like `weighted_sum`. Tensors [length]."""
+    landed = native.added(base, models, scales)
+    if landed is not None:
+        return landed
+    base = wide(base)
+    result = (wide(models[0]) - base) * scales[0]
     for model, scale in zip(models[1:], scales[1:], strict=True):
-        result += (_wide(model) - base) * scale
+        result += (wide(model) - base) * scale
     return result + base
 
 

@@ -50,24 +50,16 @@ _seen: ContextVar[dict[str, tuple[str, Any]] | None] = ContextVar("seen", defaul
 
 class ChunkFunction:
     """A function on chunks; calling it runs the compiled version inside `using(...)`, else `plain`: the function itself, or another
-    that gives the same bits faster where nothing is compiled. `lands` may do it first, where its result is wanted in a certain place.
+    that gives the same bits faster where nothing is compiled.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., torch.Tensor],
-        plain: Callable[..., torch.Tensor] | None = None,
-        lands: Callable[..., torch.Tensor | None] | None = None,
-    ) -> None:
+    def __init__(self, function: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor] | None = None) -> None:
         functools.update_wrapper(self, function)
         self.function = function
         self.plain = plain or function
-        self.lands = lands
         self.id = f"{function.__module__}:{function.__qualname__}"
 
     def __call__(self, *arguments: Any) -> torch.Tensor:
-        if self.lands is not None and (landed := self.lands(*arguments)) is not None:
-            return landed
         table, seen = _table.get(), _seen.get()
         if table is None and seen is None:
             return self.plain(*arguments)
@@ -88,11 +80,6 @@ class ChunkFunction:
 def chunk_function(function: Callable[..., torch.Tensor]) -> ChunkFunction:
     """Mark a module-level function as a chunk function (decorator)."""
     return ChunkFunction(function)
-
-
-def landing_function(lands: Callable[..., torch.Tensor | None]) -> Callable[[Callable[..., torch.Tensor]], ChunkFunction]:
-    """The same for one that methods end with: where the engine says where to, `lands` writes the rounded result in one pass."""
-    return lambda function: ChunkFunction(function, lands=lands)
 
 
 def compile_mode() -> str:
