@@ -61,6 +61,7 @@ def _opposite(coefficients: list[float] | None) -> str | None:
 
 
 @method(
+    raw=True,
     survey=[dots_round(_coefficients, note=_opposite)],
     without_effect=("weight",),
     source="arXiv 2603.04972; the mean itself is classical (Karcher 1977)",

@@ -35,7 +35,7 @@ def _coefficients(partials: Sequence[Any], known: Any, numel: int, parameters: M
     return weight
 
 
-@method(survey=[dots_round(_coefficients)], check=_weights_do_not_cancel, source="mergekit's own, no paper")
+@method(raw=True, survey=[dots_round(_coefficients)], check=_weights_do_not_cancel, source="mergekit's own, no paper")
 def multislerp(
     models: Sequence[Tensor],
     base: Tensor | None,

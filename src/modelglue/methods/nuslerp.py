@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modelglue.methods._spheres import arcs, dots_round, gram_of, lengths
-from modelglue.methods._task_vectors import add_scaled, weighted_sum
+from modelglue.methods._task_vectors import add_scaled, weighted_sum, wide
 from modelglue.methods.registry import PerModel, Round, Unit, method
 
 if TYPE_CHECKING:
@@ -56,7 +56,14 @@ def _rounds(parameters: Mapping[str, Any]) -> list[Round]:
     return [Round(_gather_columns, _columns, unit="channel", fold=_add)] if parameters["nuslerp_row_wise"] else []
 
 
-@method(unit=_unit, units=("element", "row"), survey=_rounds, models=(2, 2), source="mergekit's own; spherical interpolation is classical")
+@method(
+    unit=_unit,
+    units=("element", "row"),
+    survey=_rounds,
+    models=(2, 2),
+    raw=True,
+    source="mergekit's own; spherical interpolation is classical",
+)
 def nuslerp(
     models: Sequence[Tensor],
     base: Tensor | None,
@@ -86,7 +93,7 @@ def nuslerp(
         return models[int(t)]
     if nuslerp_flatten:
         return weighted_sum(models, survey[0]) if base is None else add_scaled(base, models, survey[0])
-    a, b = models if base is None else [model - base for model in models]
+    a, b = (wide(model) if base is None else wide(model) - wide(base) for model in models)
     if nuslerp_row_wise:
         columns = (start + torch.arange(len(a))) % len(survey[0][0])
         first, second = (coefficients[columns].to(a) for coefficients in survey[0])
@@ -95,4 +102,4 @@ def nuslerp(
         one, two, product = ((p * q).sum(-1, keepdim=True) for p, q in ((x, x), (y, y), (x, y)))
         first, second = (coefficients.to(a) for coefficients in arcs(one.sqrt(), two.sqrt(), product, t))
     result: Tensor = a * first + b * second
-    return result if base is None else result + base
+    return result if base is None else result + wide(base)
