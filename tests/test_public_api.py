@@ -17,7 +17,7 @@ from modelglue.cli.app import COMMANDS, app
 
 NAMES = """
 Checkpoint Mixture ModelGlueError RunError UserError __version__ check diff evaluate find_families glue load_into load_live merge method mix
-open save select similarity
+open save select similarity stack
 """.split()  # noqa: SIM905
 
 FLOOR_NAMES = {
@@ -29,9 +29,9 @@ FLOOR_NAMES = {
     """,
     "methods": "Method Parameter PerModel Range all_methods get method per_model",
     "recipe": """
-        DATA_FLOW FORMAT LEVELS WHOLE Candidate CheckReport Cost Document Evaluator Level Plan Recipe Request Scorer Scores Status build
-        build_with_warnings canonical check check_mergeable dump interval linear_recipe load_document merge paired_interval
-        parse_document read_document read_recipe read_with_models validate vocabulary warnings_of
+        DATA_FLOW FORMAT LEVELS WHOLE Candidate CheckReport Cost Document Evaluator Level Plan Recipe Request Scorer Scores Stack Status
+        build build_with_warnings canonical check check_mergeable dump interval linear_recipe load_document merge paired_interval
+        parse_document read_document read_recipe read_with_models stack validate vocabulary warnings_of
     """,
 }
 
@@ -42,6 +42,10 @@ OPTIONS = {
     "merge": (
         "--recipe --out --workers --memory --device --executor --shard-size --seed --allow-mixed --truncate-vocabulary --strict "
         "--overwrite --quiet --json"
+    ),
+    "stack": (
+        "MODELS --out --drop --copies --interleave --identity-start --layers --every --new-layers --spread --vocabulary "
+        "--allow-pattern-break --print --workers --memory --shard-size --strict --overwrite --quiet --json"
     ),
     "mix": "--recipe --out --workers --memory --shard-size --strict --overwrite --quiet --json",
     "check": "--recipe --out --workers --memory --allow-mixed --truncate-vocabulary --strict --similarity --json --quiet",

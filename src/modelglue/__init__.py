@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from modelglue.mixture import Mixture
     from modelglue.mixture.levels import mix
     from modelglue.models import load_into, load_live
-    from modelglue.recipe import check, merge
+    from modelglue.recipe import check, merge, stack
     from modelglue.search import select
     from modelglue.zoo import diff, find_families, similarity
 
 _HOMES = {
     "Checkpoint": "checkpoint", "save": "checkpoint", "ModelGlueError": "errors", "RunError": "errors", "UserError": "errors",
     "evaluate": "evaluation", "glue": "glue", "method": "methods", "mix": "mixture.levels", "Mixture": "mixture", "load_into": "models",
-    "load_live": "models", "check": "recipe", "merge": "recipe", "select": "search", "diff": "zoo",
+    "load_live": "models", "check": "recipe", "merge": "recipe", "stack": "recipe", "select": "search", "diff": "zoo",
     "find_families": "zoo", "similarity": "zoo",
 }  # fmt: skip
 
@@ -52,6 +52,7 @@ __all__ = [
     "save",
     "select",
     "similarity",
+    "stack",
 ]
 
 

@@ -9,6 +9,7 @@ from modelglue.recipe.intervals import interval, paired_interval
 from modelglue.recipe.mergeable import check_mergeable, vocabulary, warnings_of
 from modelglue.recipe.read import read_recipe
 from modelglue.recipe.schema import FORMAT, Recipe
+from modelglue.recipe.stacking import Stack, stack
 
 __all__ = [
     "DATA_FLOW",
@@ -26,6 +27,7 @@ __all__ = [
     "Request",
     "Scorer",
     "Scores",
+    "Stack",
     "Status",
     "build",
     "build_with_warnings",
@@ -42,6 +44,7 @@ __all__ = [
     "read_document",
     "read_recipe",
     "read_with_models",
+    "stack",
     "validate",
     "vocabulary",
     "warnings_of",

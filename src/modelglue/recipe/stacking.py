@@ -7,10 +7,12 @@ the layers are the mean of several models'.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from modelglue.checkpoint import Checkpoint
+from modelglue.checkpoint import Checkpoint, write_bytes_atomic
 from modelglue.checkpoint.vocabulary import check_vocabularies
 from modelglue.errors import CheckpointError, MergeError, UserError
 from modelglue.recipe.build import build_with_warnings, open_reference
@@ -22,6 +24,9 @@ from modelglue.recipe.schema import Recipe
 from modelglue.recipe.stack_order import Placed, expanded, listed, stacked
 from modelglue.recipe.stack_slices import Vocabulary, recipe_of, silencers
 
+#: beside a stack: the tensors that belong to new layers
+TRAINABLE_FILE = "trainable_tensors.json"
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -29,8 +34,11 @@ class Stack:
 
     recipe: Recipe
     checkpoint: Checkpoint
+    depth: int
+    new_layers: tuple[int, ...]
+    """The layers that begin as the identity."""
     new_tensors: tuple[str, ...]
-    """Tensors of the layers that begin as the identity: those to train first. Empty where there are none."""
+    """Their tensors: those to train first. Empty where there are none."""
     warnings: tuple[str, ...]
 
 
@@ -87,11 +95,19 @@ def stack(
     _check_rules(opened, towers, references, order, allow_pattern_break)
     recipe = read_recipe(recipe_of(references, towers, order, silencers(opened, towers, references, order), vocabulary))
     built = build_with_warnings(recipe, opened.__getitem__)
-    own = f"{towers[references[0]].stack}."
-    silent = {f"{own}{at}." for at, layer in enumerate(order) if layer.silent}
-    new = tuple(name for name in built.checkpoint.names() if any(name.startswith(start) for start in silent))
+    silent = [at for at, layer in enumerate(order) if layer.silent]
+    starts = tuple(f"{towers[references[0]].stack}.{at}." for at in silent)
+    new = tuple(name for name in built.checkpoint.names() if name.startswith(starts)) if starts else ()
     functions = different_functions(list(opened.values()), list(opened))
-    return Stack(recipe, built.checkpoint, new, tuple(dict.fromkeys([*recipe.warnings, *built.warnings, *functions])))
+    warnings = tuple(dict.fromkeys([*recipe.warnings, *built.warnings, *functions]))
+    return Stack(recipe, built.checkpoint, len(order), tuple(silent), new, warnings)
+
+
+def write_trainable(made: Stack, folder: Path) -> None:
+    """Name the tensors of the new layers beside a written stack, in TRAINABLE_FILE; nothing where no layer begins as the identity."""
+    if made.new_tensors:
+        text = json.dumps({"tensors": list(made.new_tensors)}, indent=1) + "\n"
+        write_bytes_atomic(folder / TRAINABLE_FILE, text.encode())
 
 
 def _check_combination(
