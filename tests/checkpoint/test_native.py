@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,25 +152,55 @@ def test_what_it_does_not_know_is_left_to_torch() -> None:
     assert torch.equal(weighted_sum(ones, [0.5, 0.25]), torch.full((4,), 0.75))  # and outside nothing is written anywhere
 
 
+#: method, how many models, whether on a base, parameters
+RAW: list[tuple[str, int, bool, dict[str, Any]]] = [
+    ("linear", 3, False, {}),
+    ("task_arithmetic", 2, True, {}),
+    ("slerp", 1, True, {"t": 0.3}),
+    ("model_stock", 2, True, {}),
+    ("karcher", 3, False, {}),
+    ("multislerp", 3, False, {}),
+    ("multislerp", 3, True, {}),
+    ("nuslerp", 2, False, {}),
+    ("nuslerp", 2, True, {}),
+    ("nuslerp", 2, False, {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    ("nuslerp", 2, True, {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+]
+
+
+def merge_of(tensors: list[torch.Tensor], method_id: str, with_base: bool, shared: dict[str, Any]) -> MergedCheckpoint:
+    base, *models = [TensorsCheckpoint({"w": tensor.view(600, 400)}) for tensor in tensors]
+    method = get(method_id)
+    own = {"weight": 0.5} if "weight" in {parameter.name for parameter in method.parameters} else {}
+    parameters, faults = method.resolve(shared, [own] * len(models), [f"m{n}" for n in range(len(models))])
+    assert faults == []
+    return MergedCheckpoint(method, models, base if with_base else None, parameters)
+
+
 @needs_compiler
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "slerp"])
+@pytest.mark.parametrize(
+    ("method", "count", "with_base", "shared"), RAW, ids=lambda value: "columns" if "nuslerp_row_wise" in str(value) else None
+)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_a_merge_reads_the_same_into_a_place_as_by_itself(method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = [TensorsCheckpoint({"w": values(seed, 300_000, dtype, 0.0).view(600, 500)}) for seed in range(3)]
-    if method == "linear":
-        made = MergedCheckpoint(get(method), models, parameters={"weight": [0.5, 0.3, -0.1], "normalize": True})
-    elif method == "slerp":
-        made = MergedCheckpoint(get(method), models[:1], models[1], parameters=get(method).resolve({"t": 0.3}, [{}], ["a"])[0])
-    else:
-        values_of, _ = get(method).resolve({}, [{"weight": 0.5}, {"weight": 0.7}], ["a", "b"])
-        made = MergedCheckpoint(get(method), models[:2], models[2], parameters=values_of)
-    landed = torch.zeros(299_990)
-    assert made.read("w", 5, 299_995, out=landed) is landed
+def test_a_merge_has_the_same_bits_by_torch_into_a_place_and_from_wider_inputs(
+    method: str, count: int, with_base: bool, shared: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = [(values(0, 240_000, torch.float32, 0.0) + 0.4 * values(seed, 240_000, dtype, 0.0)).to(dtype) for seed in range(count + 1)]
+    made = merge_of(tensors, method, with_base, shared)
+    done: list[bool] = []  # whether each chunk was summed in machine code
+    by_itself = native.lands
+    monkeypatch.setattr(native, "lands", lambda *given: done.append(by_itself(*given)) or done[-1])
+    place = torch.zeros(239_990)
+    assert made.read("w", 5, 239_995, out=place) is place
+    assert set(done) == {dtype != torch.float64 and "nuslerp_row_wise" not in shared}
     monkeypatch.setenv("MODELGLUE_COMPILE", "off")
-    plain = torch.zeros(299_990)
-    made.read("w", 5, 299_995, out=plain)
-    assert torch.equal(landed, plain)
-    assert torch.equal(landed, made.read("w", 5, 299_995).float())
+    plain = torch.zeros(239_990)
+    made.read("w", 5, 239_995, out=plain)
+    assert torch.equal(place, plain)
+    assert torch.equal(place, made.read("w", 5, 239_995).float())
+    if dtype != torch.float64:
+        wide = merge_of([tensor.float() for tensor in tensors], method, with_base, shared)
+        assert torch.equal(plain, wide.read("w", 5, 239_995).to(dtype).float())
 
 
 @needs_compiler
