@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from modelglue.checkpoint import open_checkpoint
 from modelglue.errors import CheckpointError, UserError
 from modelglue.mixture import ExpertSpec, Mixture, Reader, RouterSpec, build_gate, is_mixture, read_manifest, write_mixture
+from modelglue.mixture.deltas import DeltaStore
 from modelglue.models import load_live, load_tokenizer
 from tests.conftest import REPOSITORY
 from tests.mixture.making import mixture, two_experts
@@ -124,13 +125,34 @@ def test_two_writes_give_the_same_bytes(options: dict[str, Any], tmp_path: Path)
     assert _bytes(tmp_path / "one") == first
 
 
-def test_an_existing_folder_is_kept(tmp_path: Path) -> None:
+def test_an_existing_folder_is_kept_and_nothing_is_computed_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experts = two_experts(tmp_path)
+    monkeypatch.setattr("modelglue.mixture.folder.prompt_router", None)
     (tmp_path / "mixture").mkdir()
     (tmp_path / "mixture" / "letter.txt").write_text("mine")
     with pytest.raises(UserError, match="exists already"):
         write_mixture(tmp_path / "mixture", experts, RouterSpec(), encoder=experts[0].path)
     assert _bytes(tmp_path / "mixture") == {"letter.txt": b"mine"}
+
+
+@pytest.mark.parametrize(("out", "relation"), [("neox", "is"), (".", "holds"), ("llama/mixture", "lies in")])
+@pytest.mark.parametrize("store", [None, DeltaStore(form="sparse")])
+def test_a_model_that_is_read_is_never_replaced(out: str, relation: str, store: DeltaStore | None, tmp_path: Path) -> None:
+    zoo = tmp_path / "zoo"
+    experts = two_experts(zoo)
+    (zoo / "mixture.json").write_text("{}")  # of an earlier mixture: a folder that may be replaced
+    before = _bytes(zoo)
+    with pytest.raises(UserError, match=f"{relation} the model '(llama|neox)'"):
+        write_mixture(zoo / out, experts, RouterSpec(), encoder=None, store=store, overwrite=True)
+    assert _bytes(zoo) == before
+
+
+def test_an_encoder_that_is_read_is_never_replaced(tmp_path: Path) -> None:
+    saved_model(tmp_path / "reader", "llama", seed=9, tokenizer=letters())
+    before = _bytes(tmp_path / "reader")
+    with pytest.raises(UserError, match="is the model 'encoder'"):
+        write_mixture(tmp_path / "reader", two_experts(tmp_path), RouterSpec(), encoder=tmp_path / "reader", overwrite=True)
+    assert _bytes(tmp_path / "reader") == before
 
 
 def test_a_packed_mixture_stands_by_itself(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from modelglue.checkpoint import (
     staged,
     tensor_file,
 )
+from modelglue.checkpoint.output.staging import check_apart, check_free
+from modelglue.checkpoint.output.writer import RECIPE_FILE
 from modelglue.checkpoint.reference import seen_from
 from modelglue.errors import CheckpointError, UserError
 from modelglue.mixture.blend import check_same_tokens
@@ -103,18 +105,23 @@ def write_mixture(
     trained: TrainedRouter | None = None,
     pack: bool = False,
     store: DeltaStore | None = None,
+    recipe: str | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Make a mixture directory. The gate is built from the experts' prompts through `encoder`; None: the expert that does best.
 
-    With a `trained` router its gate, encoder, layer and temperature are used, and no prompts are needed.
+    With a `trained` router its gate, encoder, layer and temperature are used, and no prompts are needed. `recipe` is a file that makes
+    the folder again, and is put into it.
 
     Reads every expert once to hash it (remembered), and runs a few dozen short prompts through the encoder. With `pack` experts
     and encoder are copied into the folder. With `store` they are kept there as differences to their family's average, and the gate is
-    built through what comes back. Raises UserError for experts that cannot be one, or prompts that no router can use.
+    built through what comes back. Raises UserError for experts that cannot be one, for prompts that no router can use, and for a folder
+    that is, holds or lies in a model that is read.
     """
     directory = Path(directory)
+    check_free(directory, overwrite)
     opened = _open_experts(directory, experts)
+    _check_apart(directory, experts, opened, encoder if trained is None else trained.encoder)
     if router.top_k > len(experts):
         raise UserError(
             f"{directory}: top_k is {router.top_k}, but there are {len(experts)} experts. Give more experts, or a smaller top_k."
@@ -123,25 +130,25 @@ def write_mixture(
         check_same_tokens({expert.name: checkpoint for expert, checkpoint in zip(experts, opened, strict=True)})
     names, identities = [expert.name for expert in experts], [checkpoint.identity for checkpoint in opened]
     if store is not None:
-        return _write_stored(directory, experts, opened, router, encoder, trained, store, overwrite)
+        return _write_stored(directory, experts, opened, router, encoder, trained, store, recipe, overwrite)
     decided = _decide(experts, router, encoder, trained)
     read = open_checkpoint(decided.encoder)
     settings = [
         names, identities, read.identity, decided.mode, decided.layer, decided.temperature, router.route_span,
         router.top_k, router.combine,
-        {name: value.tolist() for name, value in decided.gate.tensors().items()}, pack,
+        {name: value.tolist() for name, value in decided.gate.tensors().items()}, pack, recipe,
     ]  # fmt: skip
     with staged(directory, key=_key(settings), overwrite=overwrite) as folder:
         if pack:
             _pack(folder, experts, opened, decided.encoder, read)
         places = [f"experts/{expert.name}" if pack else seen_from(directory, expert.path) for expert in experts]
         place = _place_of_encoder(directory, decided.encoder, experts, places, pack)
-        return _write_manifest(folder, experts, opened, places, identities, router, decided, (place, read.identity))
+        return _write_manifest(folder, experts, opened, places, identities, router, decided, (place, read.identity), recipe)
 
 
 def _write_stored(
     directory: Path, experts: Sequence[ExpertSpec], opened: Sequence[Checkpoint], router: RouterSpec, encoder: Path | None,
-    trained: TrainedRouter | None, store: DeltaStore, overwrite: bool,
+    trained: TrainedRouter | None, store: DeltaStore, recipe: str | None, overwrite: bool,
 ) -> Manifest:  # fmt: skip
     """The same with the experts as differences. A trained router keeps the encoder that it was fitted through, whole."""
     by_name = {expert.name: checkpoint for expert, checkpoint in zip(experts, opened, strict=True)}
@@ -151,6 +158,7 @@ def _write_stored(
         repr(router), [(expert.positive, expert.negative) for expert in experts],
         None if given is None else open_checkpoint(given).identity,
         None if trained is None else {name: value.tolist() for name, value in trained.gate.tensors().items()},
+        recipe,
     ]  # fmt: skip
     key = _key(settings)
     with staged(directory, key=key, overwrite=overwrite) as folder:
@@ -167,7 +175,7 @@ def _write_stored(
         if place == ENCODER:
             _copy(read, folder / ENCODER)
         identities = [checkpoint.identity for checkpoint in restored]
-        return _write_manifest(folder, experts, restored, places, identities, router, decided, (place, read.identity))
+        return _write_manifest(folder, experts, restored, places, identities, router, decided, (place, read.identity), recipe)
 
 
 @dataclass(frozen=True)
@@ -195,7 +203,7 @@ def _key(settings: Sequence[Any]) -> str:
 
 def _write_manifest(
     folder: Path, experts: Sequence[ExpertSpec], opened: Sequence[Checkpoint], places: Sequence[str], identities: Sequence[str],
-    router: RouterSpec, decided: _Decided, encoder: tuple[str, str],
+    router: RouterSpec, decided: _Decided, encoder: tuple[str, str], recipe: str | None,
 ) -> Manifest:  # fmt: skip
     """`encoder`: its place and its identity."""
     manifest = Manifest.model_validate(
@@ -224,6 +232,8 @@ def _write_manifest(
         }
     )
     (folder / ROUTER).write_bytes(tensor_file(TensorsCheckpoint(decided.gate.tensors())))
+    if recipe is not None:
+        (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
     (folder / MANIFEST).write_bytes(json_bytes(manifest.model_dump(mode="json")))
     return manifest
 
@@ -244,6 +254,14 @@ def _open_experts(directory: Path, experts: Sequence[ExpertSpec]) -> list[Checkp
             )
         check_fit(checkpoint)
     return opened
+
+
+def _check_apart(directory: Path, experts: Sequence[ExpertSpec], opened: Sequence[Checkpoint], encoder: Path | None) -> None:
+    """UserError for a folder that is, holds or lies in one that is read: with `overwrite` it would be replaced."""
+    inputs = [(expert.name, checkpoint) for expert, checkpoint in zip(experts, opened, strict=True)]
+    if encoder is not None:
+        inputs.append(("encoder", open_checkpoint(encoder)))
+    check_apart(directory, [(name, place) for name, one in inputs for source in one.sources() for place in source.places])
 
 
 def _pack(folder: Path, experts: Sequence[ExpertSpec], opened: Sequence[Checkpoint], encoder: Path, read: Checkpoint) -> None:

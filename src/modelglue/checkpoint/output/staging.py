@@ -92,6 +92,11 @@ def _followed(directory: Path) -> Path:
     return target
 
 
+def check_free(directory: Path, overwrite: bool) -> None:
+    """Raise the UserError that `staged` would raise for what must not be replaced: for callers with much to do before they write."""
+    _check_free(_followed(directory), overwrite)
+
+
 def _check_free(directory: Path, overwrite: bool) -> None:
     if not directory.exists():
         return
