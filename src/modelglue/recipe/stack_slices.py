@@ -83,8 +83,7 @@ def recipe_of(
                 entries.append({"model": other, "layers": [at, at + 1], "weight": weight})
         slices.append({"models": entries})
     value["slices"] = slices
-    if not mean:
-        value["parameters"] = {"normalize": False}
+    value["parameters"] = {"normalize": mean}
     if vocabulary is not None:
         value["tokenizer"] = {"source": "union" if vocabulary == "union" else {"model": distinct[0]}}
     return value
