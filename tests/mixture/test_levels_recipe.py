@@ -172,7 +172,7 @@ def test_parts_that_are_not_there_are_named(zoo: Path) -> None:
         prepare(value("a", "wide", level="ffn"), zoo)
     with pytest.raises(RecipeError, match="merged_layers: is 2; allowed is 0 to 1"):
         prepare(value("a", "b", merged_layers=2, level="ffn"), zoo)
-    with pytest.raises(UserError, match="has no tokenizer, so no gate can be made from prompts"):
+    with pytest.raises(UserError, match="has no tokenizer, so no gate can be made from"):
         prepare(value("bare", "a", shared="bare", level="ffn"), zoo)
     with pytest.raises(RecipeError, match="export: no class of transformers holds this mixture"):
         prepare(value("a", "b", level="block", export="standard"), zoo)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,8 @@ def mix(
     these that the experts allow. The file names experts, level, shared parts and router; a zoo file will do, and a file of mergekit-moe is
     obeyed as it is. Where a class of transformers holds the mixture (Mixtral, Qwen2-MoE, Qwen3-MoE, ...), it is written in that class;
     else with two small modelling files that need only torch and transformers. Complete models become a mixture folder.
+    With `router: {tasks: [...]}` the router is learned from what the experts score on these tasks: scores come from `router.store`, or are
+    made once and kept in OUT.scores.sqlite beside the output.
     Experts stream chunk by chunk; killed at any moment, it continues when run again.
 
     Parameters
@@ -75,8 +78,8 @@ def mix(
                 raise MergeError("\n".join(warnings))
 
         result, text = make(
-            document, out, refuse, folder=recipe.parent, overwrite=overwrite, workers=workers, memory=memory_bytes, shard_bytes=shard_bytes,
-            progress=progress,
+            document, out, refuse, folder=recipe.parent, quiet=quiet or json, overwrite=overwrite, workers=workers, memory=memory_bytes,
+            shard_bytes=shard_bytes, progress=progress,
         )  # fmt: skip
     if not quiet:
         print_warnings(stderr(), result["warnings"])
@@ -87,7 +90,7 @@ def mix(
         stderr().print(f"{out}: {text} ({state})", soft_wrap=True, markup=False)
 
 
-def _sparse(document: Document, out: Path, refuse: Refuse, *, folder: Path, **options: Any) -> tuple[dict[str, Any], str]:
+def _sparse(document: Document, out: Path, refuse: Refuse, *, folder: Path, quiet: bool, **options: Any) -> tuple[dict[str, Any], str]:
     """What a file of mergekit-moe says."""
     from modelglue.checkpoint import save
     from modelglue.checkpoint.output.licence import licence_warnings, parents
@@ -101,21 +104,31 @@ def _sparse(document: Document, out: Path, refuse: Refuse, *, folder: Path, **op
     return result, _summary(made.export, report)
 
 
-def _levels(document: Document, out: Path, refuse: Refuse, *, folder: Path, **options: Any) -> tuple[dict[str, Any], str]:
+def _levels(document: Document, out: Path, refuse: Refuse, *, folder: Path, quiet: bool, **options: Any) -> tuple[dict[str, Any], str]:
     """What a file of ours, or a zoo, says."""
+    from modelglue.cli.console import item_progress
+    from modelglue.glue.router_scores import RouterScores
     from modelglue.mixture.levels import prepare
 
-    made = prepare(document, folder)
+    scores = RouterScores(out.with_name(f"{out.name}.scores.sqlite"), partial(item_progress, quiet=quiet))
+    made = prepare(document, folder, scores)
     refuse(list(made.warnings))
     done = made.write(out, **options)
     result: dict[str, Any] = {"level": made.level, "passed_by": list(made.why), "class": made.model_class, "warnings": list(made.warnings)}
+    router = ""
+    if made.learned is not None:
+        result["router"] = {**made.learned, "newly_scored": scores.fresh}
+        router = f"\n  {made.learned['message']}"
     if done.saved is None:
         assert done.manifest is not None
         names = [expert.name for expert in done.manifest.experts]
         found = {"directory": str(out), **result, "experts": names}
         kept, text = _differences(out)
-        return {**found, **kept}, f"level {made.level}, complete models: {', '.join(names)}{text}{_because(made.why)}"
-    return {**_saved(done.saved), **result}, f"level {made.level}, {_summary(str(made.model_class), done.saved)}{_because(made.why)}"
+        return {**found, **kept}, f"level {made.level}, complete models: {', '.join(names)}{text}{_because(made.why)}{router}"
+    return {
+        **_saved(done.saved),
+        **result,
+    }, f"level {made.level}, {_summary(str(made.model_class), done.saved)}{_because(made.why)}{router}"
 
 
 def _differences(out: Path) -> tuple[dict[str, Any], str]:

@@ -9,12 +9,13 @@ from modelglue.errors import UserError
 from modelglue.glue.bench import Bench, prompts_of, without_prompts
 from modelglue.glue.decide import Representative, references_from
 from modelglue.glue.experts import Verdict
-from modelglue.glue.learned import PlannedRouter
 from modelglue.glue.levels import OneModel
 from modelglue.glue.replay import MixturePlan, PlannedExpert, path_of
+from modelglue.glue.router_scores import scored_items
 from modelglue.glue.run_folder import RunFolder
 from modelglue.mixture import Mixture, load_report, oracle_gap
-from modelglue.mixture.routing import Fit, ScoredItems, learn_router
+from modelglue.mixture.recorded import RecordedRouter
+from modelglue.mixture.routing import Fit, learn_router
 from modelglue.recipe import Candidate, Scores, interval, paired_interval
 
 
@@ -60,7 +61,7 @@ def learn(bench: Bench, run: RunFolder, kept: Sequence[tuple[Representative, Ver
         return plan
     step = run.step("router.json", lambda: _learned(bench, run, kept, plan))
     if step["router"] is not None:
-        return plan.model_copy(update={"learned": PlannedRouter.model_validate(step["router"])})
+        return plan.model_copy(update={"learned": RecordedRouter.model_validate(step["router"])})
     if options.source == "scores":
         raise UserError(f"router.source is 'scores': {step['message']} Give more proxy items, or source: auto.")
     for expert, (representative, _) in zip(plan.experts, kept, strict=True):
@@ -78,8 +79,7 @@ def how_learned(run: RunFolder) -> dict[str, Any] | None:
 def _learned(bench: Bench, run: RunFolder, kept: Sequence[tuple[Representative, Verdict]], plan: MixturePlan) -> dict[str, Any]:
     """router.json: what was found, and the router if it is to be used."""
     options, mixture = bench.file.router, bench.file.mixture
-    texts = {skill: {item.id: item.context for item in items} for skill, items in bench.tasks["proxy"].skills.items()}
-    items = ScoredItems.of(texts, {r.name: bench.score(r.candidate, "proxy") for r, _ in kept})
+    items = scored_items(bench.tasks["proxy"], {r.name: bench.score(r.candidate, "proxy") for r, _ in kept})
     specs = plan.specs(run.root)
     encoder = None if plan.encoder is None else path_of(run.root, plan.encoder)
     fit = Fit(kind=mixture.router, objective=options.objective, hidden=options.hidden, seed=bench.file.seed)
@@ -87,10 +87,7 @@ def _learned(bench: Bench, run: RunFolder, kept: Sequence[tuple[Representative, 
     router = None
     if found.router is not None and found.used:
         places = {spec.path: expert.model for spec, expert in zip(specs, plan.experts, strict=True)}
-        router = PlannedRouter(
-            kind=found.router.gate.kind, encoder=places.get(found.router.encoder) or str(plan.encoder), router_layer=found.router.layer,
-            temperature=found.router.temperature, training=found.router.training, tensors=PlannedRouter.text_of(found.router.gate),
-        )  # fmt: skip
+        router = RecordedRouter.of(found.router, places.get(found.router.encoder) or str(plan.encoder))
     return {**found.to_json(), "router": router.model_dump(mode="json") if router is not None else None}
 
 

@@ -19,10 +19,10 @@ from modelglue.checkpoint.reference import moved_reference
 from modelglue.errors import UserError
 from modelglue.glue.bench import Bench, renamed
 from modelglue.glue.decide import Representative, references_from
-from modelglue.glue.learned import PlannedRouter
 from modelglue.glue.run_folder import RunFolder, open_run
-from modelglue.mixture import ExpertSpec, Manifest, RouterSpec, TrainedRouter, write_mixture
+from modelglue.mixture import ExpertSpec, Manifest, RouterSpec, write_mixture
 from modelglue.mixture.levels import prepare
+from modelglue.mixture.recorded import RecordedRouter
 from modelglue.recipe import Document, Recipe, build, canonical, read_recipe
 
 RECIPE = "recipe.yaml"
@@ -60,7 +60,7 @@ class MixturePlan(Planned):
     """`model`: complete models behind one router; `ffn`: one model whose feed-forward networks are the experts."""
     routing: Literal["sample", "token"] = "sample"
     merged_layers: int = 0
-    learned: PlannedRouter | None = None
+    learned: RecordedRouter | None = None
     """The router that was learned from scores; then mode, layer and temperature above, and the prompts, are not used."""
 
     def specs(self, root: Path) -> list[ExpertSpec]:
@@ -86,10 +86,7 @@ class MixturePlan(Planned):
         encoder = None if self.encoder is None else path_of(root, self.encoder)
         trained = None
         if self.learned is not None:
-            found = self.learned
-            trained = TrainedRouter(
-                found.gate(len(self.experts)), path_of(root, found.encoder), found.router_layer, found.temperature, found.training
-            )  # fmt: skip
+            trained = self.learned.trained(path_of(root, self.learned.encoder), len(self.experts))
         write_mixture(directory, self.specs(root), self.router, encoder=encoder, trained=trained, pack=self.pack)
 
     def _inside(self) -> dict[str, Any]:

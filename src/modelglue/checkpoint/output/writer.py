@@ -85,7 +85,7 @@ def save(
     plan = plan_output(checkpoint, shard_bytes=shard_bytes)
     check_apart(directory, [(source.describe()["model"], place) for source in checkpoint.sources() for place in source.places])
     references = _references_from(checkpoint, directory)
-    recipe = recipe_text if recipe_text is not None else yaml_text(_renamed(checkpoint.describe(), references))
+    recipe = recipe_text if recipe_text is not None else yaml_text(renamed(checkpoint.describe(), references))
     key = hashlib.sha256(f"{ENGINE_VERSION}\n{plan.digest}\n{checkpoint.stamp}\n{recipe}".encode()).hexdigest()
     if _is_complete(directory, key, plan):
         return SaveReport(directory, len(plan.home), plan.tensor_bytes, len(plan.shards), 0, True)
@@ -111,14 +111,14 @@ def _references_from(checkpoint: Checkpoint, directory: Path) -> dict[str, str]:
     return {reference: seen.pop() for reference, seen in found.items() if len(seen) == 1 and seen != {reference}}
 
 
-def _renamed(description: Any, references: Mapping[str, str]) -> Any:
+def renamed(description: Any, references: Mapping[str, str]) -> Any:
     """A checkpoint's description with its models called by other references."""
     if isinstance(description, list):
-        return [_renamed(value, references) for value in description]
+        return [renamed(value, references) for value in description]
     if not isinstance(description, dict):
         return description
     return {
-        key: references.get(value, value) if key in REFERENCE_KEYS and isinstance(value, str) else _renamed(value, references)
+        key: references.get(value, value) if key in REFERENCE_KEYS and isinstance(value, str) else renamed(value, references)
         for key, value in description.items()
     }
 

@@ -29,20 +29,26 @@ def gates_for(
     if mode in WITHOUT_PROMPTS:
         rows = random_gates([expert.name for expert in experts], width, mode, layers, seed=seed)
         return _gates(rows, layers), mode
-    if not has_tokenizer(encoder):
-        raise UserError(
-            f"{encoder!r}: has no tokenizer, so no gate can be made from prompts. "
-            "Give router.encoder a model with one, or use gate_mode: random."
-        )
-    reader = Reader(load_live(encoder), load_tokenizer(encoder), max(layers))
-    if reader.width != width:
-        raise UserError(f"{encoder!r}: reads prompts in states of width {reader.width}, the mixture has {width}. Use another encoder.")
+    reader = reader_of(encoder, layers, width)
     if mode != "auto":
         return _gates(layer_gates(reader, experts, mode, layers), layers), mode
     modes: tuple[GateMode, ...] = ("hidden", "hidden_avg")
     made = those_that_work(modes, lambda one: layer_gates(reader, experts, one, layers))
     best = max(made, key=lambda one: _knowledge(reader, experts, made[one], layers))  # of equal ones the first
     return _gates(made[best], layers), best
+
+
+def reader_of(encoder: Checkpoint, layers: Sequence[int], width: int) -> Reader:
+    """What reads texts for the gates of these layers. UserError for an encoder without tokenizer or of another width or depth."""
+    if not has_tokenizer(encoder):
+        raise UserError(
+            f"{encoder!r}: has no tokenizer, so no gate can be made from texts. "
+            "Give router.encoder a model with one, or use gate_mode: random."
+        )
+    reader = Reader(load_live(encoder), load_tokenizer(encoder), max(layers))
+    if reader.width != width:
+        raise UserError(f"{encoder!r}: reads texts in states of width {reader.width}, the mixture has {width}. Use another encoder.")
+    return reader
 
 
 def _gates(rows: torch.Tensor, layers: Sequence[int]) -> dict[int, LinearGate]:

@@ -10,9 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from modelglue.errors import RecipeError, UserError
 from modelglue.mixture.deltas import DeltaStore
+from modelglue.mixture.gates import GateKind
 from modelglue.mixture.levels.from_zoo import from_zoo
+from modelglue.mixture.recorded import RecordedGates, RecordedRouter
 from modelglue.mixture.router import WITHOUT_PROMPTS
 from modelglue.mixture.spec import EXPERT_NAME, ROUTE_SPAN, GateMode, domain_prompts, read_prompts
+from modelglue.mixture.trained import Objective
 from modelglue.recipe import FORMAT, Document, Recipe, canonical, load_document, validate
 from modelglue.recipe.schema import Format, Input
 
@@ -51,16 +54,51 @@ class MixExpert(_Part):
 
 
 class MixRouter(_Part):
-    """The router from prompts, or by chance."""
+    """The router: learned from the experts' scores on some tasks, from prompts, or by chance."""
 
+    source: Literal["auto", "scores", "prompts"] = "auto"
+    """`auto`: learned from scores where there are `tasks`, if that beats the prompts by more than chance; else from prompts."""
+    tasks: list[str] = []
+    """Tasks on whose items every expert is scored, or has been."""
+    include: str | None = None
+    """Folder with task YAML files, relative to this file."""
+    store: str | None = None
+    """Where scores are kept, relative to this file: the store of a search or an evaluation, or a file that is made."""
+    kind: GateKind = "linear"
+    """`mlp` has one hidden layer, and has to be learned."""
+    objective: Objective = "best"
+    """What is learned: which expert is best on an item, or the least expected loss."""
+    hidden: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Hidden units of an mlp."""
+    learned: RecordedRouter | None = None
+    """What was learned for complete models: written into the recipe of a mixture, so that it can be made again without scores."""
+    layer_gates: RecordedGates | None = None
+    """The same for a mixture inside one model."""
     gate_mode: GateMode = "auto"
     router_layer: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
     """At the level model, for complete models: the layer of the encoder whose states are routed on. Default: auto."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     route_span: Annotated[str, Field(pattern=f"^({ROUTE_SPAN})$")] = "prompt"
     encoder: str | None = None
-    """What prompts are read through: an expert's name or a reference. Default: the shared model, else the expert that does best."""
+    """What texts are read through: an expert's name or a reference. Default: the shared model, else the expert that does best."""
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def from_scores(self) -> bool:
+        """Whether a router is to be learned (at the levels that allow it)."""
+        return self.source != "prompts" and bool(self.tasks)
+
+    @property
+    def recorded(self) -> bool:
+        return self.learned is not None or self.layer_gates is not None
+
+    def without_scores(self) -> MixRouter:
+        """The same when nothing is left to be learned: what the recipe of the output says."""
+        return self.model_copy(update={key: MixRouter.model_fields[key].default for key in _LEARNING} | {"tasks": []})
+
+
+#: keys that say how a router is learned
+_LEARNING = ("source", "tasks", "include", "store", "kind", "objective", "hidden")
 
 
 class MixRecipe(_Part):
@@ -118,7 +156,7 @@ def read_mix(source: str | Path | Mapping[str, Any] | Document, folder: Path | N
     document = from_zoo(source if isinstance(source, Document) else load_document(source))
     recipe = validate(document, MixRecipe)
     recipe = recipe.model_copy(update={"experts": [_with_prompts(document, n, one, folder) for n, one in enumerate(recipe.experts)]})
-    if faults := [*_faults(document, recipe), *_prompt_faults(document, recipe)]:
+    if faults := [*_faults(document, recipe), *_router_faults(document, recipe), *_prompt_faults(document, recipe)]:
         raise RecipeError("\n".join(faults))
     return document, recipe
 
@@ -170,15 +208,47 @@ def _faults(document: Document, recipe: MixRecipe) -> list[str]:
     return faults
 
 
+def _router_faults(document: Document, recipe: MixRecipe) -> list[str]:
+    router, faults = recipe.router, []
+
+    def fault(key: str, what: str) -> None:
+        faults.append(document.fault(("router", key), what))
+
+    given = [key for key in _LEARNING if key in router.model_fields_set and key != "source"]
+    for key in ("learned", "layer_gates"):
+        if getattr(router, key) is not None and (key == "learned") == recipe.inside:
+            fault(key, f"is no router of the level {recipe.level}. Give the file that the mixture was made from.")
+    if router.recorded:
+        for key in [*given, *(["source"] if router.source != "auto" else [])]:
+            fault(key, "stands beside a router that has been learned. Leave one of them out.")
+    elif router.source == "prompts":
+        for key in given:
+            fault(key, "has no meaning for a router from prompts. Leave it out, or say source: scores.")
+    elif not router.tasks:
+        if router.source == "scores":
+            fault("source", "is scores, but there are no items to score the experts on. Give router.tasks.")
+        for key in given:
+            if key != "tasks":
+                fault(key, "has no meaning without router.tasks. Name the tasks, or leave it out.")
+    elif router.source == "scores" and recipe.level == "ffn":
+        fault("source", "is scores, which are of complete models and say nothing at the level ffn. Use level: block or model.")
+    if router.from_scores and router.kind == "mlp" and router.source != "scores":
+        fault("kind", "is mlp, which prompts cannot make. Say source: scores, or kind: linear.")
+    return faults
+
+
 def _prompt_faults(document: Document, recipe: MixRecipe) -> list[str]:
     if recipe.router.gate_mode in WITHOUT_PROMPTS:
         return []
+    optional = recipe.router.recorded or (recipe.router.from_scores and recipe.level != "ffn")
     faults = []
     seen: dict[tuple[tuple[str, ...], tuple[str, ...]], str] = {}
     for number, expert in enumerate(recipe.experts):
         sides = (tuple(expert.prompts.positive), tuple(expert.prompts.negative))
         place = ("experts", number)
         if not sides[0]:
+            if optional:
+                continue
             what = "has no prompts for the router. Give it prompts: {positive: [...]}, prompts_from, a domain, or gate_mode: random."
             faults.append(document.fault(place, what))
         elif any(not prompt.strip() for side in sides for prompt in side):

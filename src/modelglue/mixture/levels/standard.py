@@ -8,14 +8,14 @@ from typing import Any
 from modelglue.checkpoint import Checkpoint
 from modelglue.errors import UserError
 from modelglue.mixture.exports import Gates, Parts, check, choose, dense
-from modelglue.mixture.gates import LinearGate
+from modelglue.mixture.gates import Gate, LinearGate
 from modelglue.mixture.levels.assemble import LevelSpec
 
 
 def in_standard_class(
     experts: Mapping[str, Checkpoint],
     shared: Checkpoint,
-    gates: Mapping[int, LinearGate],
+    gates: Mapping[int, Gate],
     spec: LevelSpec,
     *,
     merged: Checkpoint | None,
@@ -29,6 +29,9 @@ def in_standard_class(
         raise UserError("no class of transformers routes prompts as a whole, or to decoder layers")
     if spec.merged_layers and merged is not None and merged is not shared:
         raise UserError("the lowest layers are another model's than the shared parts")
+    weights = {layer: gate.weight for layer, gate in gates.items() if isinstance(gate, LinearGate) and gate.bias is None}
+    if len(weights) < len(gates):
+        raise UserError("no class of transformers has routers of two matrices, or with a bias")
     import torch
 
     base = dense(shared, "shared")
@@ -38,5 +41,5 @@ def in_standard_class(
     )  # fmt: skip
     check(found)
     export = choose(found)
-    rows = torch.stack([gates[layer].weight for layer in found.sparse_layers]) / spec.temperature
+    rows = torch.stack([weights[layer] for layer in found.sparse_layers]) / spec.temperature
     return export.build(found, Gates(rows), description)

@@ -2,7 +2,8 @@
 
 from modelglue.mixture.routing.fit import Fit, Frame, fit_gate, temperature_of
 from modelglue.mixture.routing.gradient import Gated, GateTraining, Gating, balance_term, schedule, train_gates
-from modelglue.mixture.routing.learn import LearnedRouter, learn_layer_gates, learn_router
+from modelglue.mixture.routing.layered import LearnedGates, learn_checked_gates, learn_layer_gates
+from modelglue.mixture.routing.learn import LearnedRouter, learn_router
 from modelglue.mixture.routing.perplexity import bits_per_character, perplexity_weights
 from modelglue.mixture.routing.scored import ScoredItem, ScoredItems
 from modelglue.mixture.routing.texts import GatedModel, Row, gates_of, read_rows, rows_of
@@ -14,6 +15,7 @@ __all__ = [
     "Gated",
     "GatedModel",
     "Gating",
+    "LearnedGates",
     "LearnedRouter",
     "Row",
     "ScoredItem",
@@ -22,6 +24,7 @@ __all__ = [
     "bits_per_character",
     "fit_gate",
     "gates_of",
+    "learn_checked_gates",
     "learn_layer_gates",
     "learn_router",
     "perplexity_weights",

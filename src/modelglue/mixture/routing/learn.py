@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint import open_checkpoint
 from modelglue.errors import UserError
-from modelglue.mixture.gates import Gate
 from modelglue.mixture.prompted import PromptRouter, prompt_router
 from modelglue.mixture.router import Reader
 from modelglue.mixture.routing.fit import Fit, Fitted, Frame, fit_gate, temperature_of, with_penalty
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 #: below this, a held-out check says nothing
 FEWEST_ITEMS = 20
-_FOLDS = 5
+FOLDS = 5
 _INNER_FOLDS = 3
 _PENALTIES = (1e-3, 1e-2, 1e-1)
 _RIDGES = (1e-2, 1e-1, 1.0)
@@ -95,7 +94,7 @@ def learn_router(
         check = _Problem(items, places, fit)
         choices = check.held_out()
         trained, oracle = items.outcome(choices), items.outcome(items.oracle())
-        held_out = _compare(trained, reference, oracle, against)
+        held_out = compared(trained, reference, oracle, against)
         made = check.final(held_out)
     used = held_out.better or always
     tasks = {
@@ -105,17 +104,17 @@ def learn_router(
     load = {task: dict.fromkeys(items.experts, 0) for task in items.tasks}
     for item, choice in zip(items.items, choices, strict=True):
         load[item.task][items.experts[choice]] += 1
-    return LearnedRouter(made, used, _message(held_out, used), tasks, load)
+    return LearnedRouter(made, used, verdict(held_out, used), tasks, load)
 
 
-def _compare(trained: Scores, reference: Scores, oracle: Scores, against: Any) -> HeldOut:
+def compared(trained: Scores, reference: Scores, oracle: Scores, against: Any) -> HeldOut:
     difference, low, high = paired_interval(trained, reference)
     return HeldOut(
         trained=trained.mean, reference=reference.mean, against=against, oracle=oracle.mean, difference=difference, interval=(low, high)
     )  # fmt: skip
 
 
-def _message(found: HeldOut, used: bool) -> str:
+def verdict(found: HeldOut, used: bool) -> str:
     low, high = found.interval
     points = f"{100 * found.difference:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
     gain = f"{points} against the {_NAMES[found.against]} on held-out items"
@@ -139,7 +138,7 @@ def _places(path: Path, items: ScoredItems, router: RouterSpec) -> list[Place]:
     model, tokenizer = load_live(checkpoint), load_tokenizer(checkpoint)
     count = len(decoder_layers(model)[1])
     layers = [router.router_layer] if router.router_layer != "auto" else _spread(count)
-    pooled = _pooled(Reader(model, tokenizer, layers[-1]), layers, items.texts, router.route_span)
+    pooled = pooled_states(Reader(model, tokenizer, layers[-1]), layers, items.texts, router.route_span)
     found = []
     for layer, states in pooled.items():
         frame = Frame.of(states)
@@ -147,7 +146,7 @@ def _places(path: Path, items: ScoredItems, router: RouterSpec) -> list[Place]:
     return found
 
 
-def _pooled(reader: Reader, layers: Sequence[int], texts: Sequence[str], span: str) -> dict[int, torch.Tensor]:
+def pooled_states(reader: Reader, layers: Sequence[int], texts: Sequence[str], span: str) -> dict[int, torch.Tensor]:
     """Pooled states of all texts; a text without a token in this vocabulary has the mean of the others."""
     import torch
 
@@ -195,9 +194,9 @@ class _Problem:
         """The expert of every item by a router that was chosen and fitted without the item's fold."""
         import torch
 
-        folds = self.items.folds(_FOLDS, self.fit.seed)
+        folds = self.items.folds(FOLDS, self.fit.seed)
         choices = torch.zeros(len(self.items.items), dtype=torch.int64)
-        for fold in range(_FOLDS):
+        for fold in range(FOLDS):
             known, new = folds != fold, folds == fold
             place, penalty = self._choose(known)
             choices[new] = self._fitted(place, penalty, known).logits(place.states[new]).argmax(dim=1)
@@ -210,7 +209,7 @@ class _Problem:
         values, weights = self.items.values(), self.items.weights()
         everything = torch.ones(len(values), dtype=torch.bool)
         place, penalty = self._choose(everything)
-        logits = self._crossed(place, penalty, everything, _FOLDS)
+        logits = self._crossed(place, penalty, everything, FOLDS)
         fitted = self._fitted(place, penalty, everything)
         training = Training(
             objective=self.fit.objective, penalty=penalty, hidden=self.fit.hidden if self.fit.kind == "mlp" else None, seed=self.fit.seed,
@@ -262,23 +261,3 @@ class _Problem:
         values, weights = self.items.values(), self.items.weights()
         chosen = values.gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
         return float((chosen * weights)[rows].sum() / weights[rows].sum())
-
-
-def learn_layer_gates(reader: Reader, items: ScoredItems, layers: Sequence[int], fit: Fit, span: str = "prompt") -> dict[int, Gate]:
-    """A gate for every layer of a mixture of blocks: fitted to the experts' scores as complete models, on the states that enter the layer.
-
-    The states are those of the model behind `reader`, the shared one; in the mixture they are what earlier layers' experts made of them. No
-    joint pass through the mixture is needed. Raises UserError if the items tell no expert from another. Time: one pass of all texts,
-    then a fit per layer.
-    """
-    from modelglue.checkpoint.engine.workers import single_thread
-
-    if items.telling == 0:
-        raise UserError("all experts score alike on every item: there is nothing to learn a router from. Give other items.")
-    with single_thread():
-        pooled = _pooled(reader, layers, items.texts, span)
-        found: dict[int, Gate] = {}
-        for layer in layers:
-            frame = Frame.of(pooled[layer])
-            found[layer] = fit_gate(frame.apply(pooled[layer]), items.values(), items.weights(), fit).gate(frame)
-    return found
