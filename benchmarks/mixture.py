@@ -2,9 +2,11 @@
 
     python benchmarks/mixture.py routers RUN [RUN ...] --store scores.sqlite
     python benchmarks/mixture.py routers --specialists examples/tiny-zoo/models --store scores.sqlite
+    python benchmarks/mixture.py levels --store scores.sqlite
 
-A RUN is the folder of a finished `modelglue glue`; its experts are routed between. `--specialists` routes between the four specialists
-of the family, `drifted-child` and `stranger` of a folder of models instead, each with sixteen proxy items of its own skill as prompts.
+`levels` is described in mixture_levels.py. `routers`: a RUN is the folder of a finished `modelglue glue`; its experts are routed between.
+`--specialists` routes between the four specialists of the family, `drifted-child` and `stranger` of a folder of models instead, each with
+sixteen proxy items of its own skill as prompts.
 Every expert is scored once on proxy and test items (kept in --store); routers see proxy items alone, and test items only say what came
 of it. The gain is over the router from prompts with all its settings left to `auto`, in points of the mean over skills, with a paired
 95 % interval. The oracle knows the best expert of every skill; where it is less than 2 points above that router, the share of the gap
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mixture_levels import Table, ways
 from modelglue.checkpoint import open_checkpoint
 from modelglue.evaluation import TaskSet, evaluate
 from modelglue.mixture import ExpertSpec, RouterSpec, read_manifest
@@ -120,8 +123,12 @@ def routers(field: Field) -> None:
         print(f"| {name} | {100 * scores.mean:.1f} | {interval} | {closed} | {seconds:.1f} | {note} |", flush=True)
 
 
+def item_sets() -> dict[str, TaskSet]:
+    return {split: TaskSet.load([f"{skill}_{split}" for skill in SKILLS], ZOO / "tasks") for split in ("proxy", "test")}
+
+
 def fields(runs: Sequence[Path], specialists: Sequence[Path], store: Path) -> list[Field]:
-    tasks = {split: TaskSet.load([f"{skill}_{split}" for skill in SKILLS], ZOO / "tasks") for split in ("proxy", "test")}
+    tasks = item_sets()
     found = []
     for run in runs:
         manifest, _ = read_manifest(run / "mixture")
@@ -134,6 +141,15 @@ def fields(runs: Sequence[Path], specialists: Sequence[Path], store: Path) -> li
     return found
 
 
+def levels(models: Path, store: Path | None, rounds: int) -> None:
+    """Two tables: four specialists of one family at all levels, six of three families as complete models."""
+    tasks = item_sets()
+    with tempfile.TemporaryDirectory() as work:
+        for number, specialists in enumerate((dict(list(SPECIALISTS.items())[:4]), SPECIALISTS)):
+            table = Table(models, specialists, tasks, ZOO / "tasks", store or Path(work) / "scores.sqlite", Path(work))
+            table.print([way for way in ways() if number == 0 or (way.level == "model" and way.top_k == 1)], rounds, average=number == 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -141,7 +157,14 @@ def main() -> None:
     command.add_argument("runs", nargs="*", type=Path)
     command.add_argument("--specialists", nargs="*", type=Path, default=[])
     command.add_argument("--store", type=Path, default=None, help="where the experts' scores are kept")
+    command = commands.add_parser("levels", help="every level, routing and router between the specialists of --specialists")
+    command.add_argument("--specialists", type=Path, default=ZOO / "models")
+    command.add_argument("--store", type=Path, default=None, help="where scores are kept")
+    command.add_argument("--rounds", type=int, default=7, help="generations that are timed")
     options = parser.parse_args()
+    if options.command == "levels":
+        levels(options.specialists, options.store, options.rounds)
+        return
     store = options.store or Path(tempfile.mkdtemp()) / "scores.sqlite"
     for field in fields(options.runs, options.specialists, store):
         routers(field)
