@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from modelglue.checkpoint.engine import native
 from modelglue.settings import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: so many products are added in float32
-_RUN = 1024
+#: the products of a run are added in float32, to so many sums
+_RUN, _LANES = 1024, 64
 #: blocks below this many elements cost little either way
 _SHORT = 4096
 #: sums of squares between these have lost nothing that counts to the smallest or the largest number of float32
@@ -43,25 +44,33 @@ def block_grams(models: Sequence[Tensor], base: Tensor | None, *, quick: bool) -
     """Inner products of every pair (i <= j) of 1-D chunks of any floating dtype, or of their differences to the base: per pair one
     number per block; not finite where an input is not, in the diagonal pairs at the least.
 
-    In float64; `quick` adds runs of 1,024 products in float32 and the runs in float64, which is a third of the work, for those who
-    subtract no sums of nearly equal size: the error is below 1e-6 of the product of the lengths (measured: some 1e-8). Blocks that are
-    short, whose squares could leave float32, or that are stored in float64 are not done quickly.
+    In float64; `quick` adds runs of 1,024 products in float32 to 64 sums and those in float64, which is a small part of the work, for
+    those who subtract no sums of nearly equal size: the error is below 1e-6 of the product of the lengths (measured: some 1e-8). Blocks
+    that are short, whose squares could leave float32, or that are stored in float64 are not done quickly. The bits are the same with
+    and without machine code.
     """
     import torch
 
     inputs = [*models, *([base] if base is not None else [])]
-    narrow = quick and all(vector.dtype != torch.float64 for vector in inputs)
+    length, narrow = len(inputs[0]), all(vector.dtype != torch.float64 for vector in inputs)
+    found: list[list[float]] | None = None
+    if quick and narrow and length >= _SHORT:
+        made = native.grams(models, base)
+        found = (_halved(models, base) if made is None else made).tolist()
     sums: list[list[float]] = [[] for _ in pairs(len(models))]
-    room = torch.empty(len(inputs), min(BLOCK_ELEMENTS, len(inputs[0])), dtype=torch.float32, device=inputs[0].device) if narrow else None
-    for start in range(0, len(inputs[0]), BLOCK_ELEMENTS):
+    for number, start in enumerate(range(0, length, BLOCK_ELEMENTS)):
         block = [vector[start : start + BLOCK_ELEMENTS] for vector in inputs]
-        gram = None
-        if room is not None and len(block[0]) >= _SHORT:
-            gram = _quick_gram(_rows(block, base is not None, room[:, : len(block[0])]))
-        if gram is None:
-            gram = _gram(_rows(block, base is not None, inputs[0].new_empty(len(inputs), len(block[0]), dtype=torch.float64)))
-        for found, (i, j) in zip(sums, pairs(len(models)), strict=True):
-            found.append(gram[i][j])
+        if (
+            found is not None
+            and len(block[0]) >= _SHORT
+            and _sound(found[number], block[: len(models)], block[-1] if base is not None else None)
+        ):
+            gram = found[number]
+        else:
+            rows = _rows(block, base is not None, inputs[0].new_empty(len(inputs), len(block[0]), dtype=torch.float64))
+            gram = [float(rows[i].dot(rows[j])) for i, j in pairs(len(rows))]
+        for blocks, value in zip(sums, gram, strict=True):
+            blocks.append(value)
     return sums
 
 
@@ -76,25 +85,43 @@ def _rows(block: Sequence[Tensor], differences: bool, rows: Tensor) -> Tensor:
     return rows[:-1]
 
 
-def _quick_gram(rows: Tensor) -> list[list[float]] | None:
-    """Inner products of float32 rows [n, length] as [n][n]; None where a sum of squares is so small or large that products may be lost."""
+def _halved(models: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    """Inner products [blocks, pairs] in float64, added in the order of `modelglue_grams` in sums.c, which says what it is."""
     import torch
 
-    count, length = rows.shape
-    whole = length // _RUN * _RUN
-    runs = rows[:, :whole].view(count, -1, _RUN).transpose(0, 1)
-    gram = torch.bmm(runs, runs.transpose(1, 2)).sum(0, dtype=torch.float64)
-    if whole < length:
-        rest = rows[:, whole:]
-        gram += torch.mm(rest, rest.T)
-    found: list[list[float]] = gram.tolist()
-    sound = all(_SMALLEST < found[i][i] < _LARGEST or (found[i][i] == 0.0 and not rows[i].any()) for i in range(count))
-    return found if sound else None
+    inputs = [*models, *([base] if base is not None else [])]
+    length, wanted = len(inputs[0]), pairs(len(models))
+    lanes = inputs[0].new_zeros(len(wanted), -(-length // BLOCK_ELEMENTS), BLOCK_ELEMENTS // _RUN, _LANES, dtype=torch.float32)
+    room = inputs[0].new_empty(len(inputs) + 1, min(-(-length // _RUN) * _RUN, BLOCK_ELEMENTS), dtype=torch.float32)
+    for number, start in enumerate(range(0, length, BLOCK_ELEMENTS)):
+        block = [vector[start : start + BLOCK_ELEMENTS] for vector in inputs]
+        runs = -(-len(block[0]) // _RUN)
+        vectors, products = room[:-1, : runs * _RUN], room[-1, : runs * _RUN]
+        vectors[:, len(block[0]) :] = 0
+        _rows(block, base is not None, vectors[:, : len(block[0])])
+        for found, (i, j) in zip(lanes, wanted, strict=True):
+            torch.mul(vectors[i], vectors[j], out=products)
+            parts = products.view(runs, _RUN // _LANES, _LANES)
+            half = parts.shape[1] // 2
+            while half > 1:
+                parts[:, :half] += parts[:, half : 2 * half]
+                half //= 2
+            torch.add(parts[:, 0], parts[:, 1], out=found[number, :runs])
+    sums = lanes.flatten(2).double()
+    while sums.shape[2] > 1:
+        half = sums.shape[2] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    return sums[..., 0].T
 
 
-def _gram(rows: Tensor) -> list[list[float]]:
-    """Inner products of float64 rows, the upper half."""
-    return [[float(one.dot(two)) if i <= j else 0.0 for j, two in enumerate(rows)] for i, one in enumerate(rows)]
+def _sound(gram: Sequence[float], models: Sequence[Tensor], base: Tensor | None) -> bool:
+    """Whether no sum of squares is so small or large that products may be lost; the zero of a vector of zeros is not."""
+    for (i, j), value in zip(pairs(len(models)), gram, strict=True):
+        if i != j or _SMALLEST < value < _LARGEST:
+            continue
+        if value != 0.0 or bool((models[i] if base is None else models[i] != base).any()):
+            return False
+    return True
 
 
 def pairs(n: int) -> list[tuple[int, int]]:

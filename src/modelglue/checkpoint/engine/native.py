@@ -1,13 +1,14 @@
-"""Weighted sums in machine code: every input is read once, the result is rounded as it is stored and written where it is wanted, once.
+"""Weighted sums and inner products in machine code: every input is read once, a sum is rounded and written where it is wanted, once.
 
-Plain torch makes a pass over the chunk for every conversion, product and sum, which costs three times what the memory allows. The function
-in sums.c makes one. The system's C compiler makes it in half a second, beside the work, and it is kept in the cache. It gives torch's bits:
-one rounding for every product and every sum, none fused. Until it is there, where there is no compiler, and for what it does not know
-(float64, tensors on a device), torch does the work.
+Plain torch makes a pass over the chunk for every conversion, product and sum, which costs three times what the memory allows. The functions
+in sums.c make one. The system's C compiler makes them in a second, beside the work, and they are kept in the cache. They give torch's bits:
+one rounding for every product and every sum, none fused, in an order that both keep. Until they are there, where there is no compiler, and
+for what they do not know (float64, tensors on a device), torch does the work.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import logging
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint.engine.compiled import compile_mode, processor
-from modelglue.settings import cache_dir
+from modelglue.settings import BLOCK_ELEMENTS, cache_dir
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ _WORTH_COMPILING = 2**26
 
 _SOURCE = Path(__file__).with_name("sums.c")
 #: how it numbers the dtypes that it knows
-_KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
+_KINDS = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 
 
@@ -91,27 +92,59 @@ def added(base: torch.Tensor, models: Sequence[torch.Tensor], scales: Sequence[f
     return _summed_over(base, models, scales)
 
 
+def grams(models: Sequence[torch.Tensor], base: torch.Tensor | None) -> torch.Tensor | None:
+    """Inner products of every pair i <= j of 1-D tensors, or of their differences to the base, over each block of 65,536 elements:
+    float64 [blocks, pairs]. None where torch has to do it, in the order that sums.c fixes.
+    """
+    import torch
+
+    count, length = len(models), len(models[0])
+    inputs = [*models, *([base] if base is not None else [])]
+    kinds = _kinds(inputs, length)
+    library = _found() if kinds is not None and ready(length * len(inputs)) else None
+    if kinds is None or library is None:
+        return None
+    sums = torch.empty(-(-length // BLOCK_ELEMENTS), count * (count + 1) // 2, dtype=torch.float64)
+    room = torch.empty(count * 1024 + sums.shape[1] * 4096)
+    library.modelglue_grams(length, count, *_arrays(models, kinds), *_base(base, kinds), room.data_ptr(), sums.data_ptr())
+    return sums
+
+
 def _summed_over(base: torch.Tensor | None, models: Sequence[torch.Tensor], scales: Sequence[float]) -> torch.Tensor | None:
     wanted = _landing.get()
     if wanted is None:
         return None
-    out, inputs = wanted.out, [*models, *([base] if base is not None else [])]
-    kinds = [_KINDS.get(str(one.dtype).removeprefix("torch."), -1) for one in inputs]
-    stored, written = (_KINDS.get(str(dtype).removeprefix("torch."), -1) for dtype in (wanted.store, out.dtype))
-    count = len(models)
-    known = -1 not in (*kinds, stored) and written in (stored, _KINDS["float32"]) and count > 0 and len(scales) == count
-    plain = all(one.device.type == "cpu" and one.is_contiguous() and one.numel() == out.numel() for one in (out, *inputs))
-    library = _found() if known and plain else None
+    out, count = wanted.out, len(models)
+    kinds = _kinds([out, *models, *([base] if base is not None else [])], out.numel())
+    stored = _KINDS.get(str(wanted.store))
+    if kinds is None or stored is None or kinds[0] not in (stored, _KINDS["torch.float32"]) or not count == len(scales) > 0:
+        raise _DeclinedError
+    library = _found()
     if library is None:
         raise _DeclinedError
-    pointers = (ctypes.c_void_p * count)(*(model.data_ptr() for model in models))
-    below, below_kind = (None, 0) if base is None else (base.data_ptr(), kinds[-1])
+    written, *kinds = kinds
+    factors = (ctypes.c_float * count)(*scales)
     bad = library.modelglue_sum(
-        out.numel(), count, pointers, (ctypes.c_int * count)(*kinds[:count]), (ctypes.c_float * count)(*scales),
-        below, below_kind, stored, out.data_ptr(), written,
+        out.numel(), count, *_arrays(models, kinds), factors, *_base(base, kinds), stored, out.data_ptr(), written
     )  # fmt: skip
     wanted.sound = not bad
     return out
+
+
+def _kinds(tensors: Sequence[torch.Tensor], length: int) -> list[int] | None:
+    """How sums.c numbers their dtypes; None where one has another dtype or length, lies on a device, or not in one piece."""
+    kinds = [_KINDS.get(str(tensor.dtype), -1) for tensor in tensors]
+    known = all(tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel() == length for tensor in tensors)
+    return kinds if known and -1 not in kinds else None
+
+
+def _arrays(models: Sequence[torch.Tensor], kinds: Sequence[int]) -> tuple[Any, Any]:
+    count = len(models)
+    return (ctypes.c_void_p * count)(*(model.data_ptr() for model in models)), (ctypes.c_int * count)(*kinds[:count])
+
+
+def _base(base: torch.Tensor | None, kinds: Sequence[int]) -> tuple[int | None, int]:
+    return (None, 0) if base is None else (base.data_ptr(), kinds[-1])
 
 
 def _found() -> Any:
@@ -149,18 +182,20 @@ def _path(folder: Path) -> Path:
 def _loaded(path: Path) -> Any:
     try:
         library = ctypes.CDLL(str(path))
-        function = library.modelglue_sum
+        sums, grams_of = library.modelglue_sum, library.modelglue_grams
     except (OSError, AttributeError) as error:
         _log.info("%s: cannot be loaded, sums run as plain torch (%s)", path, error)
         return None
-    pointer, whole = ctypes.c_void_p, ctypes.c_int
-    function.argtypes = [ctypes.c_int64, whole, pointer, pointer, pointer, pointer, whole, whole, pointer, whole]
-    function.restype = whole
+    length, pointer, whole = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+    sums.argtypes = [length, whole, pointer, pointer, pointer, pointer, whole, whole, pointer, whole]
+    sums.restype = whole
+    grams_of.argtypes = [length, whole, pointer, pointer, pointer, whole, pointer, pointer]
+    grams_of.restype = None
     return library
 
 
 def _started(path: Path) -> subprocess.Popen[bytes] | None:
-    """A process that compiles the library and then gives it its name, even if this one has ended by then. None: it cannot be made."""
+    """A process that compiles the library and then gives it its name. None: it cannot be made."""
     compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None)
     if compiler is None:
         return None
@@ -169,7 +204,9 @@ def _started(path: Path) -> subprocess.Popen[bytes] | None:
     finished = f"{shlex.join(command)} && mv -f {shlex.quote(str(partial))} {shlex.quote(str(path))}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return subprocess.Popen(["sh", "-c", finished], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        started = subprocess.Popen(["sh", "-c", finished], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     except OSError as error:
         _log.info("%s: cannot be compiled, sums run as plain torch (%s)", path, error)
         return None
+    atexit.register(started.wait)  # a moment, where this process ends before it
+    return started

@@ -129,3 +129,54 @@ int modelglue_sum(int64_t length, int count, const void **inputs, const int *kin
     }
     return bad != 0;
 }
+
+/* -- inner products -- */
+
+/* The order of additions is fixed, so that the sums are the same everywhere (methods/_sums.py adds in this order with plain torch): the
+   1,024 products of a run are halved to 64 in float32, the 64 times 64 sums of a block are halved to one in float64. To halve is to add the
+   upper half of the numbers to the lower half. What is missing in a run or a block counts as 0. */
+enum { RUN = BLOCK, LANES = 64, RUNS = 64, SUMS = LANES * RUNS };
+
+static void halve_run(float *restrict lanes, const float *restrict a, const float *restrict b)
+{
+#define PRODUCT(j) (a[k + LANES * (j)] * b[k + LANES * (j)])
+#define OF_2(j) (PRODUCT(j) + PRODUCT((j) + 8))
+#define OF_4(j) (OF_2(j) + OF_2((j) + 4))
+#define OF_8(j) (OF_4(j) + OF_4((j) + 2))
+    for (int k = 0; k < LANES; k++) lanes[k] = OF_8(0) + OF_8(1);
+}
+static double halve_block(const float *lanes)
+{
+    double sums[SUMS / 2];
+    for (int k = 0; k < SUMS / 2; k++) sums[k] = (double)lanes[k] + (double)lanes[k + SUMS / 2];
+    for (int half = SUMS / 4; half; half /= 2)
+        for (int k = 0; k < half; k++) sums[k] += sums[k + half];
+    return sums[0];
+}
+
+/* sums[block][pair]: inner products of every pair i <= j of the inputs, or of their differences to the base, over each block of 65,536.
+   `room` is for count * RUN + pairs * SUMS numbers. */
+void modelglue_grams(int64_t length, int count, const void **inputs, const int *kinds, const void *base, int base_kind,
+                     float *room, double *sums)
+{
+    float base_run[RUN], *lanes = room + (int64_t)count * RUN;
+    for (int64_t block = 0; block < length; block += RUN * RUNS) {
+        for (int run = 0; run < RUNS; run++) {
+            const int64_t at = block + (int64_t)run * RUN;
+            const int n = length - at < RUN ? (int)(length > at ? length - at : 0) : RUN;
+            float *to = lanes + run * LANES;
+            if (base && n) add(base_run, AT(base, base_kind), base_kind, 1.0f, 0, 1, n);
+            for (int i = 0; i < count && n; i++) {
+                float *row = room + (int64_t)i * RUN;
+                add(row, AT(inputs[i], kinds[i]), kinds[i], 1.0f, base ? base_run : 0, 1, n);
+                memset(row + n, 0, sizeof(float) * (size_t)(RUN - n));
+            }
+            for (int i = 0; i < count; i++)
+                for (int j = i; j < count; j++, to += SUMS) {
+                    if (n) halve_run(to, room + (int64_t)i * RUN, room + (int64_t)j * RUN);
+                    else memset(to, 0, sizeof(float) * LANES);
+                }
+        }
+        for (int pair = 0; pair < count * (count + 1) / 2; pair++) *sums++ = halve_block(lanes + (int64_t)pair * SUMS);
+    }
+}
