@@ -95,8 +95,10 @@ def test_json_of_a_model(run: Run, models: Path) -> None:
 
 
 def test_prompts_from_standard_input(run: Run, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _stdin(monkeypatch, b"c\ne\r\n")
+    _stdin(monkeypatch, b"c\ne\r\n")  # and nothing else ends a line:
     assert run("generate", models / "up", "a", "-", "g", "--max-new-tokens", "1").out == "b\nd\nf\nh\n"
+    _stdin(monkeypatch, "a\x0cb\u2028c\n".encode())
+    assert run("generate", models / "up", "-", "--max-new-tokens", "1").out == "d\n"
 
 
 @pytest.mark.parametrize("prompts", [["-"], []])
@@ -112,6 +114,15 @@ def test_standard_input_that_is_no_text(run: Run, models: Path, monkeypatch: pyt
     result = run("generate", models / "up", "-")
     assert (result.code, result.out) == (2, "")
     assert result.err == "error: standard input: is not utf-8 (invalid start byte). Convert it first.\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\xff\n"), encoding="utf-8", errors="surrogateescape"))
+    assert run("generate", models / "up", "-").err == "error: line 2 of standard input: holds bytes that are no UTF-8. Convert it first.\n"
+
+
+def test_arguments_that_are_no_text(run: Run, models: Path) -> None:
+    for command in ("generate", "route"):
+        result = run(command, models / "up", "a\udcff")
+        assert (result.code, result.out) == (2, "")
+        assert result.err == "error: the prompt 'a\\udcff': holds bytes that are no UTF-8. Convert it first.\n"
 
 
 def test_a_prompt_may_begin_with_a_hyphen_but_a_mistyped_option_is_one(run: Run, models: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -290,6 +291,7 @@ def test_a_layer_that_the_encoder_does_not_have(tmp_path: Path) -> None:
         ({"experts": []}, r"experts: Tuple should have at least 2 items"),
         ({"route_span": "first:-1"}, r"route_span: String should match pattern"),
         ({"temperature": -1}, r"temperature: Input should be greater than 0"),
+        ({"temperature": math.inf}, r"temperature: Input should be a finite number"),
         ({"router_layer": -1}, r"router_layer: Input should be greater than or equal to 0"),
         ({"gate_mode": "loudest"}, r"gate_mode: Input should be"),
         ({"encoder": None}, r"encoder: Input should be a valid string"),

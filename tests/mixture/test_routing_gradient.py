@@ -220,6 +220,8 @@ def test_rows_of_texts(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "ab", "response": "c", "source": "x"}\n\n{"prompt": "a", "response": "d"}\n')
     assert read_rows(path, tokenizer) == [Row((begin, a, b), (c, end)), Row((begin, a), (d, end))]
+    path.write_text('{"text": "a\u2028b\x85c"}\r\n', encoding="utf-8")  # lines end where JSON lines end
+    assert read_rows(path, tokenizer) == rows_of([{"text": "a\u2028b\x85c"}], tokenizer)
     path.write_text('{"text": "a"}\nnonsense\n{"prompt": "b"}\n' + json.dumps({"prompt": "a", "response": "b"}) + '\n{"text": 3}\n')
     with pytest.raises(UserError) as fault:
         read_rows(path, tokenizer)

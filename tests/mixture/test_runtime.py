@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from modelglue.errors import UserError
+from modelglue.errors import CheckpointError, UserError
 from modelglue.mixture import ExpertSpec, Mixture, Route, RouterSpec, write_mixture
 from modelglue.models import load_live
 from tests.mixture.making import alone, mixture, two_experts
@@ -69,6 +69,13 @@ def test_routes_by_eye(tmp_path: Path) -> None:
         Route(0, "a", 1.0, pytest.approx((2 / 3, 2 / 3))),  # a tie goes to the lower number
     ]
     assert mixed.route([]) == []
+
+
+def test_logits_that_are_no_numbers_choose_nobody(tmp_path: Path) -> None:
+    mixed = _letters_mixture(tmp_path, temperature=1e-320)  # logits over it are infinite
+    with pytest.raises(CheckpointError, match=r"the router's logits are not finite \(its temperature is 9.99989e-321\)"):
+        mixed.route(["", "a"])
+    assert mixed.route([""])[0].name == "a"
 
 
 def _letters_mixture(folder: Path, **options: Any) -> Mixture:

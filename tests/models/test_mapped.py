@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from modelglue.checkpoint import open_checkpoint
@@ -91,6 +92,18 @@ class _Says:
 
     def info(self, name: str) -> Any:
         return self
+
+
+def test_two_tensors_for_one_place_must_agree(tmp_path: Path) -> None:
+    folder = saved_model(tmp_path / "model", "llama-tied")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert torch.equal(load_mapped(open_checkpoint(folder)).lm_head.weight, tensors["lm_head.weight"])
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"ties 'model.embed_tokens.weight' to 'lm_head.weight', but their values differ"):
+        load_mapped(open_checkpoint(folder))
 
 
 def test_what_does_not_fit_is_an_error(tmp_path: Path) -> None:

@@ -96,6 +96,9 @@ def test_draws_follow_the_probabilities() -> None:
     hot = Counter(Draw(Sampling(temperature=2.0, seed=seed), 0).choose(logits) for seed in range(4000))
     roots = torch.tensor([0.5, 0.3, 0.15, 0.05]).sqrt()
     assert [hot[token] / 4000 for token in range(4)] == pytest.approx((roots / roots.sum()).tolist(), abs=0.03)
+    for temperature in (1e-6, 1e-320):  # even where a logit divided by it is infinite
+        cold = Draw(Sampling(temperature=temperature, seed=0), 0)
+        assert {cold.choose(torch.tensor([-3.0, 9.0, 40.0, -float("inf")])) for _ in range(20)} == {2}
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(0.5, {0}), (0.51, {0, 1}), (0.75, {0, 1}), (0.76, {0, 1, 2}), (1.0, {0, 1, 2, 3})])

@@ -182,6 +182,18 @@ class _Broken(ModelHost):
         return super().row(writer, placed, asked, **how)
 
 
+def test_a_prompt_that_cannot_be_begun_takes_nobody_of_its_lane_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    mail = Mail()
+    with Engine(ModelHost(alphabet())) as engine:
+        engine.submit([mail.job("a"), mail.job("\ud800"), mail.job("b")])  # half a character: tokenizers crash on it
+        found = last(mail.until_over(3))
+    assert (found["a"], found["b"]) == (Ended(0, "bcde", "length", 4), Ended(0, "cdef", "length", 4))
+    failed = found["\ud800"]
+    assert isinstance(failed, Failed)
+    assert failed.message.startswith("the model failed: TypeError")
+    assert "TypeError" in capsys.readouterr().err
+
+
 def test_a_lane_that_fails_takes_nobody_else_with_it(capsys: pytest.CaptureFixture[str]) -> None:
     mail = Mail()
     with Engine(_Broken(alphabet())) as engine:
@@ -190,8 +202,8 @@ def test_a_lane_that_fails_takes_nobody_else_with_it(capsys: pytest.CaptureFixtu
         assert found["a"] == Ended(0, "bcde", "length", 4)
         assert found["x"] == Failed("model", "the expert has changed.")
         assert found["y"] == Failed("model", "the model failed: RuntimeError: a bug")
-        engine.submit([mail.job("!")])
-        assert last(mail.until_over(1))["!"] == Failed("model", "the encoder is gone.")
+        engine.submit([mail.job("b"), mail.job("!")])
+        assert last(mail.until_over(2)) == {"b": Ended(0, "cdef", "length", 4), "!": Failed("model", "the encoder is gone.")}
         engine.submit([mail.job("b")])
         assert last(mail.until_over(1))["b"] == Ended(0, "cdef", "length", 4)
     assert "RuntimeError: a bug" in capsys.readouterr().err

@@ -243,6 +243,10 @@ ASKED = {"model": "mixed", "prompt": "abc", "max_tokens": 2}
         ({"prompt": []}, 400, "prompt"),
         ({"prompt": "a" * 63}, 400, "this model holds 64 tokens; the prompt has 64, and max_tokens is 2. Shorten the prompt"),
         ({"logprobs": 5}, 400, "logprobs is 5; allowed is False: this server does not do more. Leave it out."),
+        ({"logprobs": 0}, 400, "logprobs is 0; allowed is False"),
+        ({"prompt": "a\ud800"}, 400, "the body holds half of a surrogate pair, which is no text."),
+        ({"model": "\udfff"}, 400, "the body holds half of a surrogate pair"),
+        ({"max_tok\ud800": 1}, 400, "the body holds half of a surrogate pair"),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty is 0.5; allowed is 0"),
     ],
 )

@@ -100,9 +100,14 @@ def read_prompts(prompts: Sequence[str], options: Sequence[str], usage: str) -> 
             near = did_you_mean(prompt, options)
             raise UserError(f"there is no option '{prompt}'.{near} If it is a prompt, give it on standard input, with - in its place.")
         try:
-            texts += sys.stdin.read().splitlines() if prompt == "-" else [prompt]
+            given = [line.removesuffix("\n") for line in sys.stdin] if prompt == "-" else [prompt]
         except UnicodeDecodeError as error:
             raise UserError(f"standard input: is not {error.encoding} ({error.reason}). Convert it first.") from error
+        for number, text in enumerate(given, start=1):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes that Python could not decode
+                place = f"line {number} of standard input" if prompt == "-" else f"the prompt {text!r}"
+                raise UserError(f"{place}: holds bytes that are no UTF-8. Convert it first.")
+        texts += given
     if not texts:
         raise UserError(f'no prompt: give at least one, as in `modelglue {usage} "Once upon"`, or - to read lines from standard input.')
     return texts

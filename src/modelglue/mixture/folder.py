@@ -78,7 +78,7 @@ class Manifest(BaseModel):
     training: Training | None = None
     """How a router from scores was found."""
     router_layer: Annotated[int, Field(ge=0)]
-    temperature: Annotated[float, Field(gt=0)]
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     route_span: Annotated[str, Field(pattern=f"^({ROUTE_SPAN})$")]
     encoder: str
     encoder_identity: str

@@ -158,8 +158,13 @@ class Mixture:
         readable = self.reader.readable(texts)
         for span in dict.fromkeys(spans):
             real = [number for number, own in enumerate(spans) if own == span and readable[number]]
-            logits = self.reader.logits([texts[number] for number in real], self.gate, span)
-            for number, row in zip(real, (logits / self.manifest.temperature).tolist(), strict=True):
+            logits = self.reader.logits([texts[number] for number in real], self.gate, span) / self.manifest.temperature
+            if not bool(logits.isfinite().all()):
+                raise CheckpointError(
+                    f"{self.directory}: the router's logits are not finite (its temperature is {self.manifest.temperature:g}), so none can "
+                    "be chosen. Check the encoder's weights, or make the mixture again."
+                )
+            for number, row in zip(real, logits.tolist(), strict=True):
                 routes[number] = self._decide(row)
         return routes
 

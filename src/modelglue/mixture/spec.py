@@ -105,8 +105,8 @@ class RouterSpec:
             raise UserError(f"router: gate_mode is {self.gate_mode!r}; allowed are {', '.join(modes)}.{near}")
         if self.router_layer != "auto" and not (isinstance(self.router_layer, int) and self.router_layer >= 0):
             raise UserError(f"router: router_layer is {self.router_layer}; allowed is a whole number from 0, or auto.")
-        if not self.temperature > 0:
-            raise UserError(f"router: temperature is {self.temperature}; allowed is a number above 0.")
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"router: temperature is {self.temperature}; allowed is a finite number above 0.")
         if not (isinstance(self.top_k, int) and self.top_k >= 1):
             raise UserError(f"router: top_k is {self.top_k}; allowed is a whole number from 1 to the number of experts.")
         if self.combine not in ("probabilities", "logits"):

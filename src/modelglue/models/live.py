@@ -69,7 +69,7 @@ def load_into(checkpoint: Checkpoint, model: Any, *, keep: Container[str] = (), 
                 if not kept:
                     plain.append((name, place))
             elif not (kept and seen[id(place)] in keep):
-                _check_tied(checkpoint, name, seen[id(place)])
+                check_tied(checkpoint, name, seen[id(place)])
         _write(checkpoint, plain)
 
 
@@ -215,7 +215,7 @@ def _stream(checkpoint: Checkpoint, name: str, place: torch.Tensor) -> None:
             flat[start:stop].copy_(checkpoint.read(name, start, stop))
 
 
-def _check_tied(checkpoint: Checkpoint, name: str, other: str) -> None:
+def check_tied(checkpoint: Checkpoint, name: str, other: str) -> None:
     """Two tensors on disk for one place: fine while they say the same."""
     for start, stop in checkpoint.pieces(name, CHUNK_ELEMENTS):
         if not bool((checkpoint.read(name, start, stop) == checkpoint.read(other, start, stop)).all()):

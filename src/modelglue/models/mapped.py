@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint import Checkpoint
-from modelglue.models.live import empty_for, fitting_steps, set_ends
+from modelglue.models.live import check_tied, empty_for, fitting_steps, set_ends
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ def load_mapped(checkpoint: Checkpoint, *, wanted: Callable[[str], bool] | None 
     Memory: what is stored in that dtype stays in the files and is mapped, so its pages are shared with the page cache and with every
     other process; only what is stored otherwise, or fused when it is loaded, is copied. The files must not be changed while the
     model lives. `wanted` says which live tensors are needed at all; the others stay uninitialised. Raises CheckpointError when config
-    and weights do not fit each other.
+    and weights do not fit each other, and for two tensors on disk that are one in the model and differ.
     """
     import torch
 
@@ -39,6 +39,7 @@ def load_mapped(checkpoint: Checkpoint, *, wanted: Callable[[str], bool] | None 
     steps = fitting_steps(checkpoint, model)
     places: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     mapped: dict[int, torch.nn.Parameter] = {}
+    seen: dict[int, str] = {}
     with torch.no_grad():
         for step in steps:
             if wanted is not None and not wanted(step.live):
@@ -48,7 +49,11 @@ def load_mapped(checkpoint: Checkpoint, *, wanted: Callable[[str], bool] | None 
                 for live, value in step.convert([checkpoint.tensor(name) for name in names], model).items():
                     places[live].copy_(value)
                 continue
-            place, value = places[step.live], checkpoint.tensor(names[0])
+            place = places[step.live]
+            if (twin := seen.setdefault(id(place), names[0])) != names[0]:
+                check_tied(checkpoint, names[0], twin)
+                continue
+            value = checkpoint.tensor(names[0])
             if isinstance(place, torch.nn.Parameter) and value.dtype == place.dtype:
                 mapped[id(place)] = torch.nn.Parameter(value, requires_grad=False)
             else:

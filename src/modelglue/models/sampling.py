@@ -50,8 +50,8 @@ class Draw:
 
     def choose(self, logits: torch.Tensor) -> int:
         """One id by the logits [V], which must be finite or -inf. Time: a sort of V numbers where `top_p` is below 1."""
-        scaled = logits.double() / self.sampling.temperature
-        weights = (scaled - scaled.max()).exp()  # not yet divided by their sum
+        below = logits.double() - logits.max().double()  # first of all: a quotient by a tiny temperature may be infinite
+        weights = (below / self.sampling.temperature).exp()  # not yet divided by their sum
         if self.sampling.top_p < 1:
             ordered, order = weights.sort(descending=True, stable=True)
             before = ordered.cumsum(0) - ordered

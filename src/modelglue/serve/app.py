@@ -82,6 +82,9 @@ class Server:
         body = await self._body(request)
         try:
             value = json.loads(body)
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise RequestError("the body holds half of a surrogate pair, which is no text. Send whole characters.") from error
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the body is not JSON: {error}.") from error
         asked: R = parsed(kind, value)

@@ -173,9 +173,12 @@ class Engine:
         try:
             placed = self.host.place([ticket.job.routed_on for ticket in tickets])
         except Exception as error:
-            for ticket in tickets:
-                self._end(ticket, _failure(error))
-            self._forget(len(tickets))
+            if len(tickets) > 1:  # one of them, and the others shall not answer for it
+                for ticket in tickets:
+                    self._place([ticket])
+                return
+            self._end(tickets[0], _failure(error))
+            self._forget(1)
             return
         for ticket, where in zip(tickets, placed, strict=True):
             ticket.placed = where
@@ -256,6 +259,9 @@ class Engine:
             return False
         except ModelGlueError as error:
             self._end(ticket, Failed("request", str(error)))
+            return False
+        except Exception as error:
+            self._end(ticket, _failure(error))
             return False
         job.deliver(Started(ticket.placed.expert, ticket.placed.weight, len(asked.ids)))
         return True

@@ -122,7 +122,7 @@ def parsed(kind: type[_Request], value: Any) -> Any:
             near = did_you_mean(name, sorted(known | set(_NEUTRAL)))
             raise RequestError(f"there is no parameter '{name}'.{near}", param=name, code="unknown_parameter")
         neutral = _NEUTRAL[name]
-        if neutral is not None and value[name] is not None and value[name] not in neutral:
+        if neutral is not None and value[name] is not None and not any(_same(value[name], one) for one in neutral):
             raise RequestError(
                 f"{name} is {value[name]!r}; allowed is {neutral[0]!r}: this server does not do more. Leave it out.",
                 param=name,
@@ -134,3 +134,8 @@ def parsed(kind: type[_Request], value: Any) -> Any:
         faults = [(".".join(str(part) for part in fault["loc"]), fault["msg"]) for fault in error.errors()]
         said = "; ".join(f"{place}: {message}" for place, message in faults)
         raise RequestError(f"{said}.", param=faults[0][0].split(".")[0], code="invalid_value") from error
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Python takes 0 for False: `logprobs: 0` asks for something, `logprobs: false` does not."""
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)

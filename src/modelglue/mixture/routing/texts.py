@@ -35,7 +35,7 @@ def read_rows(path: str | Path, tokenizer: Any, *, length: int = 2048) -> list[R
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold what else `splitlines` takes for an end
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}). Give a JSON lines file in UTF-8.") from error
     found: list[Mapping[str, str]] = []

@@ -60,7 +60,7 @@ def check(mixture: Any, layers: int) -> None:
     if not re.fullmatch(SPAN, str(mixture.get("route_span"))):
         raise ValueError(f"config.json: 'mixture.route_span' is {mixture.get('route_span')!r}; allowed are prompt, full, and first:N.")
     temperature = mixture.get("temperature")
-    if not isinstance(temperature, int | float) or not temperature > 0:
+    if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
         raise ValueError(f"config.json: 'mixture.temperature' is {temperature!r}; allowed is a number above 0.")
     if mixture["routing"] == "token" and mixture["level"] != "ffn":
         raise ValueError("config.json: token routing is for the level ffn; blocks and models are routed by sample.")
