@@ -130,6 +130,25 @@ def test_a_raised_budget_goes_on_where_the_search_ended(tmp_path: Path) -> None:
     assert [outcome.value for outcome in longer.outcomes] == [outcome.value for outcome in once.outcomes]
 
 
+@pytest.mark.parametrize("kind", ["racing", "halving"])
+@pytest.mark.parametrize("items", [130, 700, 1100])
+def test_a_budget_that_cuts_a_batch_into_pieces_may_be_raised_too(tmp_path: Path, kind: str, items: int) -> None:
+    """Who raced against whom is not decided anew: what was told stays true."""
+
+    def with_budget(count: int) -> SearchSettings:
+        return settings(fitness={"kind": kind, "chunk": 20}, batch=6, budget={"items": count}, options={"trials": 30})
+
+    first = run_study(with_budget(items), synthetic(), tmp_path)
+    longer = run_study(with_budget(4000), synthetic(), tmp_path)
+    again = run_study(with_budget(5000), synthetic(), tmp_path)
+    told = len(progress_of(tmp_path)) * 6
+    kept = len(first.outcomes) // 6 * 6  # what stands in whole batches
+    before, after = ([(one.id, one.value, one.status) for one in report.outcomes[:kept]] for report in (first, longer))
+    assert before == after
+    assert len(again.outcomes) == told > len(first.outcomes)
+    assert first.spent["items"] <= items
+
+
 # -- racing -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +189,23 @@ def test_among_a_batch_only_the_best_must_be_known() -> None:
     told = searcher.told[0]
     assert [outcome.status for outcome in told] == ["pruned", "ok", "pruned"]
     assert told[0].value < told[2].value < told[1].value
+
+
+def test_who_lost_to_a_candidate_that_failed_later_keeps_its_own_score() -> None:
+    """B is given up for A, and A fails on its last items: that says nothing of B, which may be asked for again."""
+    evaluator = Counting(synthetic(size=100, task_count=1))
+
+    def answer(one: Candidate, number: int) -> Scores:
+        if one == A and len(evaluator.asked) > 2:
+            return Scores({}, status="failed", error="the power was off", cost=Cost(items=25))
+        return _flat(evaluator, number, {A.key: 1.0, B.key: 0.5}[one.key])
+
+    evaluator.before = answer
+    searcher = Scripted([[A, B], [B]], racing="batch")
+    study(searcher, evaluator).run()
+    first, second = searcher.told
+    assert [(outcome.status, outcome.value) for outcome in first] == [("failed", -math.inf), ("pruned", 0.5)]
+    assert [(outcome.status, outcome.value) for outcome in second] == [("ok", 0.5)]
 
 
 @pytest.mark.parametrize("why", ["off", "worst", "no items", "switched off"])

@@ -67,8 +67,10 @@ class Crowd:
                 sums[item] = sums.get(item, 0.0) + value
 
     @property
-    def scores(self) -> Scores:
-        """As if the crowd were a candidate."""
+    def scores(self) -> Scores | None:
+        """As if the crowd were a candidate; None as long as it is empty."""
+        if not self._count:
+            return None
         return Scores({task: {item: total / self._count for item, total in sums.items()} for task, sums in self._sums.items()})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -72,6 +73,9 @@ class Study:
         self._failures = 0
         self._prepared: list[Part] = []
         self._clock = _Clock(self.journal)
+        # batch -> how many of it were scored together at a time, where the budget was too little for all at once
+        self._waves = {fields["batch"]: fields["counts"] for kind, fields in self.journal.events(trace=False) if kind == "waves"}
+        self._cut: list[int] = []
 
     def run(self) -> list[Outcome]:
         """Search until the searcher is done or the budget is spent, then confirm the best.
@@ -162,11 +166,19 @@ class Study:
                 self.counts["duplicates"] += key in self._first
         by_id = dict(zip(ids, proposals, strict=True))
         waiting = list(fresh.values())
+        together = racing == "batch" or isinstance(self.fitness, Halving)
+        # Settled for the whole batch, however little of it the budget allows: a search may go on with a larger one.
+        against = racing if incumbents or (together and len(waiting) > 1) else "off"
+        begun = any(self._rows[id_] != id_ for id_ in waiting)  # and what has begun in parts goes on in parts
+        parts = self._prepared if against != "off" or begun else [_whole(self._prepared)]
         self._stalled = 0 if waiting else self._stalled + len(proposals)
+        known = deque(self._waves.get(self._batches - 1, ()))
+        self._cut = []
         while waiting:
-            count = self._affordable(len(waiting))
+            count = known.popleft() if known else self._affordable(len(waiting))
             wave, waiting = waiting[:count], waiting[count:]
-            scored = self._race({id_: by_id[id_] for id_ in wave}, racing, incumbents) if wave else None
+            self._cut.append(count)
+            scored = self._race({id_: by_id[id_] for id_ in wave}, parts, against, incumbents) if wave else None
             if scored is None:
                 break
             found |= scored
@@ -193,16 +205,14 @@ class Study:
         self._batches += 1
         return [row.id for row in rows]
 
-    def _race(self, proposals: Mapping[int, Proposal], racing: Racing, incumbents: Sequence[Outcome]) -> dict[int, Outcome] | None:
+    def _race(
+        self, proposals: Mapping[int, Proposal], parts: Sequence[Part], racing: Racing, incumbents: Sequence[Outcome]
+    ) -> dict[int, Outcome] | None:
         """Score candidates part by part, giving up those that are surely behind; None when the time is up."""
         scores: dict[int, Scores] = {}
         behind: dict[int, tuple[int, Gap]] = {}  # id -> who is ahead, and by how much
         order: list[int] = []
         active = list(proposals)
-        together = racing == "batch" or isinstance(self.fitness, Halving)
-        against_any = racing != "off" and (bool(incumbents) or (together and len(active) > 1))
-        begun = any(self._rows[id_] != id_ for id_ in active)  # and what has begun in parts goes on in parts
-        parts = self._prepared if against_any or begun else [_whole(self._prepared)]
         for number, part in enumerate(parts):
             if number and self._clock.is_over(self.budget):
                 self.stopped = "the time is up"
@@ -213,7 +223,7 @@ class Study:
                     self._paid.add(place)
                     self.spent += more.cost
             active = [id_ for id_ in active if scores[id_].status == "ok"]
-            if not against_any or number + 1 == len(parts):
+            if racing == "off" or number + 1 == len(parts):
                 continue
             for id_, (leader, gap) in self._losers(active, scores, incumbents, racing).items():
                 behind[id_] = (leader, gap)
@@ -224,9 +234,13 @@ class Study:
         for id_ in reversed(order):  # who was given up last may have led before
             leader, gap = behind[id_]
             value, bound = values[leader]
-            values[id_] = (value + gap.difference, bound + min(0.0, gap.upper))
             pruned = replace(scores[id_], status="pruned")
-            found[id_] = Outcome(id_, proposals[id_], "pruned", values[id_][0], self.fitness.tasks(pruned), pruned, values[id_][1])
+            tasks = self.fitness.tasks(pruned)
+            if math.isfinite(value):
+                values[id_] = (value + gap.difference, bound + min(0.0, gap.upper))
+            else:  # who was ahead has failed since, which says nothing of this one
+                values[id_] = (self.objective(tasks), math.inf)
+            found[id_] = Outcome(id_, proposals[id_], "pruned", values[id_][0], tasks, pruned, values[id_][1])
         self.counts["candidates"] += sum(self._rows[id_] == id_ for id_ in proposals)
         return {id_: found[id_] for id_ in proposals}
 
@@ -307,6 +321,9 @@ class Study:
             "statuses": [outcome.status for outcome in outcomes],
             "items": self.spent.items,
         }
+        batch = self._batches - 1
+        if len(self._cut) > 1 and batch not in self._waves:  # with a larger budget others would have raced against each other
+            self.journal.note("waves", {"batch": batch, "counts": self._cut})
         fresh = self.journal.trace("told", fields)
         self._clock.tick(self._batches, fresh=fresh)
         best = self._best
@@ -373,7 +390,7 @@ def _whole(parts: Sequence[Part]) -> Part:
 def _reopened(outcome: Outcome, rivals: Sequence[Outcome], racing: Racing) -> bool:
     """Whether a candidate that was given up on is needed whole, or may yet win: what it has to beat now is less."""
     return outcome.status == "pruned" and (
-        racing == "off" or any(outcome.bound is None or outcome.bound >= rival.value for rival in rivals)
+        racing == "off" or not rivals or any(outcome.bound is None or outcome.bound >= rival.value for rival in rivals)
     )
 
 
