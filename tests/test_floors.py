@@ -31,7 +31,7 @@ FLOORS = {
     "recipe": 3, "adapters": 3,
     "models": 4,
     "search": 5, "mixture": 5, "evaluation": 5, "calibration": 5, "zoo": 5,
-    "glue": 6, "studies": 6, "serve": 6,
+    "glue": 6, "studies": 6, "serve": 6, "training": 6,
     "report": 7,
     "cli": 8,
 }  # fmt: skip

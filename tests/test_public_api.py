@@ -47,6 +47,10 @@ OPTIONS = {
         "MODELS --out --drop --copies --interleave --identity-start --layers --every --new-layers --spread --vocabulary "
         "--allow-pattern-break --print --workers --memory --shard-size --strict --overwrite --quiet --json"
     ),
+    "train": (
+        "--model TEXTS --out --tensors --context --batch --micro-batch --epochs --steps --rate --warm-up --decay --clip --precision "
+        "--device --seed --keep-every --overwrite --quiet --json"
+    ),
     "mix": "--recipe --out --workers --memory --shard-size --strict --overwrite --quiet --json",
     "check": "--recipe --out --workers --memory --allow-mixed --truncate-vocabulary --strict --similarity --json --quiet",
     "convert": "--recipe --out --strict --overwrite --json",

@@ -31,6 +31,7 @@ COMMANDS = {
     "glue": ("modelglue.cli.glue:glue", "Turn a zoo into one model: group, select, merge, route, report."),
     "merge": ("modelglue.cli.merge:merge", "Merge models by a recipe."),
     "stack": ("modelglue.cli.stack:stack", "Make a deeper model of the layers of one or more models."),
+    "train": ("modelglue.cli.train:train", "Train new layers, routers or all of a model on texts."),
     "mix": ("modelglue.cli.mix:mix", "Join models as experts of one model."),
     "check": ("modelglue.cli.check:check", "Say from headers alone whether a recipe will work and what it needs."),
     "convert": ("modelglue.cli.convert:convert", "Print a recipe of mergekit's as one of ours."),

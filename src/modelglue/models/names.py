@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,15 @@ def loading_steps(model: Any, names: Sequence[str], label: str) -> list[Step]:
             f"{label}: {type(model).__name__} has no place for {some(homeless)}. The config does not describe these weights."
         )
     return list(steps.values())
+
+
+def on_disk(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Live tensors under the names that they have on disk, fused ones divided: what a class would save. The inverse of `loading_steps`."""
+    if not tensors:
+        return {}
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(tensors)))
 
 
 def uncovered(model: Any, covered: Sequence[str]) -> list[str]:

@@ -47,8 +47,7 @@ def model_card(checkpoint: Checkpoint, recipe: str, references: Mapping[str, str
 
 {_licences(found)}
 
-The recipe. Paths in it are seen from this folder; `modelglue {_command(checkpoint)} modelglue_recipe.yaml ../again`, called here, gives
-these same bytes again, and `modelglue verify .` says whether these are still the bytes that were written:
+{_about_recipe(checkpoint)}
 
 ```yaml
 {recipe.strip()}
@@ -62,6 +61,18 @@ To load it:
 """
 
 
+def _about_recipe(checkpoint: Checkpoint) -> str:
+    if "training" in checkpoint.describe():
+        return (
+            "How it was trained, and from what. Paths are seen from this folder; `modelglue verify .` says whether the weights are still "
+            "the bytes that were written:"
+        )
+    return (
+        f"The recipe. Paths in it are seen from this folder; `modelglue {_command(checkpoint)} modelglue_recipe.yaml ../again`, "
+        "called here, gives\nthese same bytes again, and `modelglue verify .` says whether these are still the bytes that were written:"
+    )
+
+
 def _command(checkpoint: Checkpoint) -> str:
     """Which command the recipe is for."""
     return "mix" if "experts" in checkpoint.describe() else "merge"
@@ -69,6 +80,8 @@ def _command(checkpoint: Checkpoint) -> str:
 
 def _heading(checkpoint: Checkpoint) -> str:
     described = checkpoint.describe()
+    if "training" in described:
+        return "# Trained model\n\nTrained further with modelglue from:"
     if "experts" not in described:
         return f"# Merged model\n\nMade with modelglue by the method `{described.get('method', 'copy')}` from:"
     oldest = None if "auto_map" in checkpoint.config else checkpoint.config.get("transformers_version")
@@ -82,13 +95,15 @@ def _front_matter(checkpoint: Checkpoint, found: Sequence[Parent]) -> dict[str, 
     """The hub's fields; a licence only where every parent has it."""
     front: dict[str, Any] = {}
     if hub := list(dict.fromkeys(parent.hub_id for parent in found if parent.hub_id is not None)):
-        front = {"base_model": hub, "base_model_relation": "merge"}
+        front = {"base_model": hub, "base_model_relation": "finetune" if "training" in checkpoint.describe() else "merge"}
     front["library_name"] = "transformers"
     if (tag := _task(checkpoint)[0]) is not None:
         front["pipeline_tag"] = tag
     if (licence := common_licence(list(found))) is not None:
         front["license"] = licence.id
         front |= {key: value for key, value in (("license_name", licence.name), ("license_link", licence.link)) if value is not None}
+    if "training" in checkpoint.describe():
+        return {**front, "tags": ["modelglue"]}
     return {**front, "tags": ["merge", "modelglue", *(["moe"] if _command(checkpoint) == "mix" else [])]}
 
 
