@@ -17,6 +17,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -124,9 +125,8 @@ def _summed_over(base: torch.Tensor | None, models: Sequence[torch.Tensor], scal
         raise _DeclinedError
     written, *kinds = kinds
     factors = (ctypes.c_float * count)(*scales)
-    bad = library.modelglue_sum(
-        out.numel(), count, *_arrays(models, kinds), factors, *_base(base, kinds), stored, out.data_ptr(), written
-    )  # fmt: skip
+    place = stored, out.data_ptr(), written
+    bad = library.modelglue_sum(out.numel(), count, *_arrays(models, kinds), factors, *_base(base, kinds), *place)
     wanted.sound = not bad
     return out
 
@@ -199,7 +199,7 @@ def _started(path: Path) -> subprocess.Popen[bytes] | None:
     compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None)
     if compiler is None:
         return None
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")
     command = [compiler, *_FLAGS, "-o", str(partial), str(_SOURCE)]
     finished = f"{shlex.join(command)} && mv -f {shlex.quote(str(partial))} {shlex.quote(str(path))}"
     try:
