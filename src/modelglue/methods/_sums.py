@@ -58,6 +58,7 @@ def block_grams(models: Sequence[Tensor], base: Tensor | None, *, quick: bool) -
         made = native.grams(models, base)
         found = (_halved(models, base) if made is None else made).tolist()
     sums: list[list[float]] = [[] for _ in pairs(len(models))]
+    room: Tensor | None = None  # one for all blocks: fresh memory costs as much as what is done in it
     for number, start in enumerate(range(0, length, BLOCK_ELEMENTS)):
         block = [vector[start : start + BLOCK_ELEMENTS] for vector in inputs]
         if (
@@ -67,7 +68,9 @@ def block_grams(models: Sequence[Tensor], base: Tensor | None, *, quick: bool) -
         ):
             gram = found[number]
         else:
-            rows = _rows(block, base is not None, inputs[0].new_empty(len(inputs), len(block[0]), dtype=torch.float64))
+            if room is None:
+                room = inputs[0].new_empty(len(inputs), min(length, BLOCK_ELEMENTS), dtype=torch.float64)
+            rows = _rows(block, base is not None, room[:, : len(block[0])])
             gram = [float(rows[i].dot(rows[j])) for i, j in pairs(len(rows))]
         for blocks, value in zip(sums, gram, strict=True):
             blocks.append(value)
