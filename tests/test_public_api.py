@@ -49,7 +49,7 @@ OPTIONS = {
     ),
     "train": (
         "--model TEXTS --out --tensors --context --batch --micro-batch --epochs --steps --rate --warm-up --decay --clip --precision "
-        "--device --seed --keep-every --overwrite --quiet --json"
+        "--gating --device --seed --keep-every --overwrite --quiet --json"
     ),
     "mix": "--recipe --out --workers --memory --shard-size --strict --overwrite --quiet --json",
     "check": "--recipe --out --workers --memory --allow-mixed --truncate-vocabulary --strict --similarity --json --quiet",

@@ -12,11 +12,13 @@ import torch
 
 from modelglue.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from modelglue.errors import CheckpointError, RunError, UserError
+from modelglue.mixture.levels import LevelSpec, join
 from modelglue.models import load_live
 from modelglue.recipe import stack
 from modelglue.training import Training, train
 from modelglue.training.settings import Precision
 from modelglue.training.texts import loss_of, rows_from
+from tests.mixture.levels_making import gates
 from tests.models.tiny import letters, saved_model
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
@@ -84,6 +86,22 @@ def test_experts_are_fused_live_and_single_on_disk(folder: Path, tmp_path: Path)
     assert changed(before, weights(tmp_path / "out")) == set(names)
     with pytest.raises(CheckpointError, match=r"is made of trained tensors and of '.*Train all of them, or none"):
         train(str(folder / "mixtral"), [folder / "text.txt"], tmp_path / "other", tensors=names[:1], training=FAST)
+
+
+def test_routers_of_a_mixture_of_ones_own(folder: Path, tmp_path: Path) -> None:
+    """One expert is at work, with the weight 1: only gating that lets all of them work while training reaches the router."""
+    saved_model(tmp_path / "other", "llama", 1, tokenizer=letters(), initializer_range=0.3)
+    experts = {"a": open_checkpoint(str(folder / "plain")), "b": open_checkpoint(str(tmp_path / "other"))}
+    spec = LevelSpec("ffn", "token", top_k=1)
+    mixture = join(experts, experts["a"], gates(spec, 2), spec)
+    settings = {"context": 32, "rate": 0.05, "steps": 12, "decay": 0.0}
+    report = train(mixture, [folder / "text.txt"], tmp_path / "out", tensors="routers", training=Training(**settings))  # type: ignore[arg-type]
+    before = {name: mixture.tensor(name) for name in mixture.names()}
+    assert changed(before, weights(tmp_path / "out")) == {name for name in before if ".router." in name} == set(report.trained)
+    assert report.losses[-1] < report.losses[0]
+    topk = Training(**settings, gating="topk")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no gradient reaches what is trained"):
+        train(mixture, [folder / "text.txt"], tmp_path / "none", tensors="routers", training=topk)
 
 
 class Killed(BaseException):

@@ -27,6 +27,7 @@ def train(
     decay: Annotated[float, Parameter(validator=Number(gte=0))] = 0.1,
     clip: Annotated[float, Parameter(validator=Number(gt=0))] = 1.0,
     precision: Literal["float32", "bfloat16"] = "float32",
+    gating: Literal["soft", "topk", "straight_through"] = "soft",
     device: str = "cpu",
     seed: Annotated[int, Parameter(validator=Number(gte=0))] = 0,
     keep_every: Annotated[int, Parameter(validator=Number(gte=1))] = 100,
@@ -71,6 +72,8 @@ def train(
         Largest norm of a step's gradient.
     precision
         What products are computed in; weights stay in float32.
+    gating
+        While routers of a mixture of modelglue's own are trained: all experts work, or only the chosen ones.
     device
         Where to train: cpu, cuda, cuda:1 or another device of torch.
     seed
@@ -95,7 +98,7 @@ def train(
     which = tensors or (["new"] if any((place / TRAINABLE_FILE).is_file() for place in source.places) else ["all"])
     training = Training(
         rate=rate, context=context, batch=batch, micro_batch=micro_batch, epochs=epochs, steps=steps, warm_up=warm_up, decay=decay,
-        clip=clip, seed=seed, precision=precision, device=device, keep_every=keep_every,
+        clip=clip, seed=seed, precision=precision, gating=gating, device=device, keep_every=keep_every,
     )  # fmt: skip
     words = ("new", "routers", "all")
     chosen = which[0] if len(which) == 1 and which[0] in words else which

@@ -26,7 +26,7 @@ def names_of(checkpoint: Checkpoint, which: Which) -> list[str]:
     if which == "all":
         return every
     if which == "routers":
-        found = [name for name in every if _ROUTER.search(name)]
+        found = [name for name in every if is_router(name)]
         if not found:
             raise CheckpointError(f"{checkpoint!r}: has no routers: no tensor's name ends in gate or router. Train `new` layers, or `all`.")
         return found
@@ -36,6 +36,11 @@ def names_of(checkpoint: Checkpoint, which: Which) -> list[str]:
         said = f"'{odd[0]}' is no tensor to train.{did_you_mean(odd[0], every)}" if odd else "no tensors are named."
         raise UserError(f"{checkpoint!r}: {said} Allowed are the model's own floating-point tensors.")
     return sorted(set(named))
+
+
+def is_router(name: str) -> bool:
+    """Whether a tensor says which experts work."""
+    return _ROUTER.search(name) is not None
 
 
 def _new(checkpoint: Checkpoint) -> list[str]:

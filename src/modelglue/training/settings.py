@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from modelglue.errors import UserError
+from modelglue.mixture.routing.gradient import Gating
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -33,6 +34,9 @@ class Training:
     seed: int = 0
     precision: Precision = "float32"
     """bfloat16: products in bfloat16, weights and optimiser in float32."""
+    gating: Gating = "soft"
+    """While routers of a mixture of modelglue's own are trained: all experts (`soft`), or those that would work (`topk`,
+    `straight_through`)."""
     device: str = "cpu"
     keep_every: int = 100
     """Steps after which the state is written, from which a killed run continues."""
@@ -54,6 +58,8 @@ class Training:
             faults.append(f"warm_up is {self.warm_up}; allowed is a share from 0 to below 1")
         if self.precision not in get_args(Precision):
             faults.append(f"precision is {self.precision!r}; allowed are {', '.join(get_args(Precision))}")
+        if self.gating not in get_args(Gating):
+            faults.append(f"gating is {self.gating!r}; allowed are {', '.join(get_args(Gating))}")
         if faults:
             raise UserError(f"training: {'; '.join(faults)}.")
 

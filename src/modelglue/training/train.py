@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from modelglue.checkpoint import Checkpoint, JoinedCheckpoint, RenamedCheckpoint, TensorsCheckpoint, open_checkpoint, save
 from modelglue.checkpoint.output.staging import check_free
-from modelglue.errors import RunError
+from modelglue.errors import RunError, UserError
 from modelglue.mixture.routing.gradient import schedule
-from modelglue.mixture.routing.texts import Row
+from modelglue.mixture.routing.texts import GatedModel, Row
 from modelglue.models import load_live, load_tokenizer
-from modelglue.training.chosen import Which, live_parameters, names_of, trained_tensors
+from modelglue.training.chosen import Which, is_router, live_parameters, names_of, trained_tensors
 from modelglue.training.settings import Training
 from modelglue.training.state import RunState
 from modelglue.training.texts import loss_of, rows_from, targets
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: a model below this many parameters is trained in one thread, so that equal inputs give equal bits on every machine
 _SMALL = 2**26
+#: norm of the first gradient below which it is rounding errors, of which AdamW would make steps of full size
+_NO_GRADIENT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class _Loop:
         self._per_epoch = math.ceil(len(rows) / training.batch)
         self._steps = training.steps if training.steps is not None else self._per_epoch * training.epochs
         self._order: tuple[int, list[int]] = (-1, [])
+        self._gated = GatedModel(model) if hasattr(model, "routing") else None
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in lives.values():
@@ -111,6 +114,8 @@ class _Loop:
         import torch
 
         start, losses = self._resume()
+        if self._gated is not None and any(is_router(name) for name in self._lives):
+            self._gated.gating(self._training.gating)
         for step in range(start, self._steps):
             for group in self._optimiser.param_groups:
                 group["lr"] = self._training.rate * schedule(step, self._steps, self._training.warm_up)
@@ -118,7 +123,12 @@ class _Loop:
             losses.append(self._gradient(self._batch(step)))
             if not math.isfinite(losses[-1]):
                 raise RunError(f"training: the loss of step {step + 1} is {losses[-1]}. Check the texts, or lower the rate.")
-            torch.nn.utils.clip_grad_norm_(list(self._lives.values()), self._training.clip)
+            norm = torch.nn.utils.clip_grad_norm_(list(self._lives.values()), self._training.clip)
+            if step == 0 and norm < _NO_GRADIENT:
+                raise UserError(
+                    "training: no gradient reaches what is trained, so nothing would be learned. A router with one expert at work "
+                    "(top_k 1), whose weight is always 1, has none: use gating soft, or train more than the routers."
+                )
             self._optimiser.step()
             if progress is not None:
                 progress(step + 1, self._steps, losses[-1])
@@ -134,10 +144,13 @@ class _Loop:
         half = torch.autocast(self._training.device.partition(":")[0], torch.bfloat16, enabled=self._training.precision == "bfloat16")
         for at in range(0, len(rows), size):
             with torch.enable_grad(), half:
-                loss = loss_of(self._model, rows[at : at + size]) / wanted
+                loss = self._loss(rows[at : at + size]) / wanted
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total
+
+    def _loss(self, rows: Sequence[Row]) -> torch.Tensor:
+        return loss_of(self._model, rows) if self._gated is None else self._gated.loss(rows)
 
     def _batch(self, step: int) -> list[Row]:
         """The rows of a step: all texts once in an epoch, in an order that depends on the seed and the epoch alone."""
