@@ -78,7 +78,7 @@ def test_the_version(run: Run) -> None:
     ("word", "near"),
     [
         ("mege", "'merge'"),
-        ("Merge", "'merge'"),
+        ("Merge", "'merge' or 'serve'"),
         ("method", "'methods'"),
         ("inspct", "'inspect'"),
         ("similarty", "'similarity'"),
@@ -141,7 +141,7 @@ def test_bash_completes_with_it(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
         "function=$(complete -p modelglue | sed 's/.*-F \\([^ ]*\\) .*/\\1/'); $function; printf '%s\\n' \"${COMPREPLY[@]}\""
     )
     done = subprocess.run([bash, "--norc", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert sorted(done.stdout.split()) == ["merge", "merge-adapters", "methods"]
+    assert sorted(done.stdout.split()) == ["merge", "merge-adapters", "methods", "mix"]
 
 
 # -- as a process -----------------------------------------------------------------------------------------------------------------
