@@ -39,8 +39,9 @@ class RouterScores:
 
     def __call__(self, document: Document, router: MixRouter, experts: Mapping[str, Checkpoint], folder: Path | None) -> ScoredItems:
         home = folder or Path()
-        with _at(document, "tasks"):
-            tasks = TaskSet.load(router.tasks, None if router.include is None else home / router.include)
+        include = None if router.include is None else home / router.include
+        with _at(document, "tasks" if include is None or include.is_dir() else "include"):
+            tasks = TaskSet.load(router.tasks, include)
             total = sum(map(len, tasks.skills.values()))
         with _at(document, "store" if router.store is not None else "tasks"):
             store = ScoreStore(self.default if router.store is None else home / router.store)

@@ -72,7 +72,7 @@ class RecordedGates(_Recorded):
     def gates(self, layers: range, experts: int) -> dict[int, Gate]:
         """The gates again. CheckpointError or UserError for tensors that are not one gate for each of these layers."""
         own: dict[str, dict[str, torch.Tensor]] = {str(layer): {} for layer in layers}
-        for name, value in self._read().items():
+        for name, value in sorted(self._read().items()):
             layer, _, rest = name.partition(".")
             if layer not in own:
                 raise UserError(f"{_PLACE} has a tensor '{name}'; layers {layers.start} to {layers.stop - 1} decide. Learn it again.")
