@@ -174,7 +174,8 @@ def test_ctrl_c(zoo: Path) -> None:
     """The recipe is a pipe that the merge waits for, so the signal comes while it runs, however slow the machine is."""
     os.mkfifo(zoo / "pipe.yaml")
     before = {path.name for path in zoo.iterdir()}
-    process = start("merge", "pipe.yaml", "out", cwd=zoo)
+    # under nohup, or in the background of a script, tests inherit that the signal is ignored
+    process = start("merge", "pipe.yaml", "out", cwd=zoo, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     with (zoo / "pipe.yaml").open("w"):  # opens when the other end does
         process.send_signal(signal.SIGINT)
         code, out, err = finish(process)
