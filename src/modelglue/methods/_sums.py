@@ -96,24 +96,29 @@ def _halved(models: Sequence[Tensor], base: Tensor | None) -> Tensor:
     length, wanted = len(inputs[0]), pairs(len(models))
     lanes = inputs[0].new_zeros(len(wanted), -(-length // BLOCK_ELEMENTS), BLOCK_ELEMENTS // _RUN, _LANES, dtype=torch.float32)
     room = inputs[0].new_empty(len(inputs) + 1, min(-(-length // _RUN) * _RUN, BLOCK_ELEMENTS), dtype=torch.float32)
+    runs = 0
     for number, start in enumerate(range(0, length, BLOCK_ELEMENTS)):
         block = [vector[start : start + BLOCK_ELEMENTS] for vector in inputs]
-        runs = -(-len(block[0]) // _RUN)
-        vectors, products = room[:-1, : runs * _RUN], room[-1, : runs * _RUN]
-        vectors[:, len(block[0]) :] = 0
-        _rows(block, base is not None, vectors[:, : len(block[0])])
-        for found, (i, j) in zip(lanes, wanted, strict=True):
-            torch.mul(vectors[i], vectors[j], out=products)
+        if runs != -(-len(block[0]) // _RUN):  # the first block and the last: views take their time
+            runs = -(-len(block[0]) // _RUN)
+            *vectors, products = room[:, : runs * _RUN]
             parts = products.view(runs, _RUN // _LANES, _LANES)
-            half = parts.shape[1] // 2
-            while half > 1:
-                parts[:, :half] += parts[:, half : 2 * half]
-                half //= 2
-            torch.add(parts[:, 0], parts[:, 1], out=found[number, :runs])
-    sums = lanes.flatten(2).double()
-    while sums.shape[2] > 1:
-        half = sums.shape[2] // 2
-        sums = sums[..., :half] + sums[..., half:]
+            halves = [(parts[:, :half], parts[:, half : 2 * half]) for half in (8, 4, 2)]
+            lower, upper = parts[:, 0], parts[:, 1]
+        room[:-1, len(block[0]) : runs * _RUN] = 0
+        _rows(block, base is not None, room[:-1, : len(block[0])])
+        for found, (i, j) in zip(lanes[:, number, :runs], wanted, strict=True):
+            torch.mul(vectors[i], vectors[j], out=products)
+            for one, other in halves:
+                one.add_(other)
+            torch.add(lower, upper, out=found)
+    lanes = lanes.flatten(2)
+    half = lanes.shape[2] // 2
+    sums = lanes[..., :half].double()
+    sums += lanes[..., half:]
+    while half > 1:
+        half //= 2
+        sums[..., :half] += sums[..., half : 2 * half]
     return sums[..., 0].T
 
 
