@@ -129,6 +129,8 @@ def test_expansion(depth: int, new: int) -> None:
 def test_lists_of_layers() -> None:
     found = listed(8, ["0:3", 2, "7", "range(1,4)", "range(2)", "1:8:3", "range(3, 0, -1)"])
     assert [layer.number for layer in found] == [0, 1, 2, 2, 7, 1, 2, 3, 0, 1, 1, 4, 7, 3, 2, 1]
+    text = listed(8, "0:2, range(3, 5),[6, 6 ,0],7")
+    assert [layer.number for layer in text] == [0, 1, 3, 4, 6, 6, 0, 7]
 
 
 @pytest.mark.parametrize(

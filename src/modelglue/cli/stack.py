@@ -101,7 +101,7 @@ def stack(
         raise UserError("--print writes nothing: leave out --out." if print_ else "where to? Say --out FOLDER, or --print.")
     made = stacked(
         models, drop=drop, copies=copies, interleave=interleave, identity_start=identity_start,
-        layers=layers.split(",") if layers is not None else (), every=every, new_layers=new_layers, spread=spread, vocabulary=vocabulary,
+        layers=layers or (), every=every, new_layers=new_layers, spread=spread, vocabulary=vocabulary,
         allow_pattern_break=allow_pattern_break,
     )  # fmt: skip
     warnings = list(dict.fromkeys([*made.warnings, *licence_warnings(parents(made.checkpoint))]))

@@ -10,6 +10,8 @@ from itertools import zip_longest
 from modelglue.errors import UserError
 
 _RANGE = re.compile(r"range\(\s*(-?\d+)\s*(?:,\s*(-?\d+)\s*(?:,\s*(-?\d+)\s*)?)?\)")
+_LIST = re.compile(r"\[\s*\d+(?:\s*,\s*\d+)*\s*\]")
+_COMMA = re.compile(r",(?![^(\[]*[)\]])")
 _SLICE = re.compile(r"(\d+):(\d+)(?::(\d+))?")
 
 
@@ -46,8 +48,12 @@ def stacked(depths: Sequence[int], drop: int, *, interleave: bool = False, silen
     return [layer for turn in zip_longest(*parts) for layer in turn if layer is not None]
 
 
-def listed(depth: int, layers: Sequence[int | str]) -> list[Placed]:
-    """Layers of one model in any order, skipped or repeated: numbers, `a:b` (a to b - 1), `a:b:step`, or `range(a, b, step)`."""
+def listed(depth: int, layers: str | Sequence[int | str]) -> list[Placed]:
+    """Layers of one model in any order, skipped or repeated: numbers, `a:b` (a to b - 1), `a:b:step`, `range(a, b, step)`, `[a, b]`.
+
+    A text may hold several, with commas between them.
+    """
+    layers = _COMMA.split(layers) if isinstance(layers, str) else layers
     numbers = [number for one in layers for number in _numbers(one)]
     if not numbers:
         raise UserError("layers: none are named; a model needs one at least.")
@@ -106,9 +112,11 @@ def _numbers(layer: int | str) -> Sequence[int]:
     text = layer.strip()
     if text.isdecimal():
         return [int(text)]
+    if _LIST.fullmatch(text):
+        return [int(part) for part in text[1:-1].split(",")]
     found = _SLICE.fullmatch(text) or _RANGE.fullmatch(text)
     if found is None:
-        raise UserError(f"layers: '{layer}' is no layer; allowed are numbers, a:b (a to b - 1), a:b:step and range(a, b, step).")
+        raise UserError(f"layers: '{layer}' is no layer; allowed are numbers, a:b (a to b - 1), a:b:step, range(a, b, step) and [a, b].")
     numbers = [int(part) for part in found.groups() if part is not None]
     if len(numbers) == 3 and numbers[2] == 0:
         raise UserError(f"layers: '{layer}' has a step of 0.")

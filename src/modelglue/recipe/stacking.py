@@ -49,7 +49,7 @@ def stack(
     copies: int | None = None,
     interleave: bool = False,
     identity_start: bool = False,
-    layers: Sequence[int | str] = (),
+    layers: str | Sequence[int | str] = (),
     every: int | None = None,
     new_layers: int | None = None,
     spread: bool = False,
