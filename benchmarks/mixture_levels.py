@@ -1,14 +1,16 @@
 """The table of `benchmarks/mixture.py levels`: every way to join the tiny zoo's specialists, as `modelglue mix` makes it from a file.
 
 Four specialists of one family on their four skills (all levels), and six of three families and two architectures on six skills (complete
-models). Scores are of test items; routers saw prompts (sixteen proxy items of each expert's own skill) or proxy scores. The share of the
-gap between the best single expert and the oracle (the best expert of every skill) has a paired 95 % bootstrap interval. Speed is tokens
-per second of processor time, generated with a cache from a batch of prompts of all skills, against the first expert by itself on the same
-prompts: both in turn, median of the ratios.
+models). Scores are of test items. Routers are made from a word (the skill's name), from prompts (sixteen proxy items of each expert's own
+skill), by chance, from the experts' proxy scores, or from prompts and then trained on the proxy items' texts (`modelglue train`, all
+experts at work). The share of the gap between the best single expert and the oracle (the best expert of every skill) has a paired 95 %
+bootstrap interval. Speed is tokens per second of processor time, generated with a cache from a batch of sixteen prompts of all skills,
+against the first expert by itself on the same prompts: both in turn, median of the ratios.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +29,15 @@ from modelglue.mixture.levels import mix
 from modelglue.mixture.routing import ScoredItems
 from modelglue.models import LiveTextModel, load_live, load_tokenizer
 from modelglue.recipe import Scores, build, linear_recipe, paired_interval
+from modelglue.training import Training, train
 
 RESAMPLES = 2000
+TEXT = Training(rate=1e-2, decay=0.0, context=64, batch=8, micro_batch=8, epochs=4, gating="soft")
 #: where routers are made from
 ROUTERS: Mapping[str, Mapping[str, Any]] = {
+    "a word": {"source": "prompts"},
     "prompts": {"source": "prompts"},
+    "text": {"source": "prompts"},
     "chance": {"source": "prompts", "gate_mode": "random"},
     "scores": {"source": "scores"},
 }
@@ -51,18 +57,20 @@ class Way:
         found: dict[str, Any] = {"level": self.level, "routing": self.routing, "top_k": self.top_k, "experts": list(experts)}
         if self.merged_layers:
             found["merged_layers"] = self.merged_layers
+        if self.router == "text":
+            found["export"] = "own"
         return {**found, "router": {**ROUTERS[self.router], **(scored if self.router == "scores" else {})}}
 
 
 def ways() -> Iterator[Way]:
     for level, routing, routers in (
-        ("ffn", "token", ("prompts", "chance")),
-        ("ffn", "sample", ("prompts", "chance")),
-        ("block", "sample", ("prompts", "chance", "scores")),
-        ("model", "sample", ("prompts", "chance", "scores")),
+        ("ffn", "token", ("a word", "prompts", "chance", "text")),
+        ("ffn", "sample", ("a word", "prompts", "chance", "text")),
+        ("block", "sample", ("a word", "prompts", "chance", "scores")),
+        ("model", "sample", ("a word", "prompts", "chance", "scores")),
     ):
         for router in routers:
-            for top_k in (1, 2):
+            for top_k in (1,) if router in ("a word", "text") else (1, 2):
                 yield Way(level, routing, router, top_k)
     yield Way("ffn", "token", "prompts", 1, 4)
     yield Way("ffn", "token", "prompts", 2, 4)
@@ -76,7 +84,7 @@ class Table:
 
     def __init__(self, zoo: Path, specialists: Mapping[str, str], tasks: Mapping[str, TaskSet], include: Path, store: Path, work: Path):
         skills = list(specialists.values())
-        self.zoo, self.store, self.work, self.specialists = zoo, store, work, specialists
+        self.zoo, self.store, self.work, self.specialists, self.include = zoo, store, work, specialists, include
         self.test = TaskSet({skill: tasks["test"].skills[skill] for skill in skills})
         self.experts = [
             {"model": str(zoo / name), "name": name, "prompts": {"positive": tasks["proxy"].contexts(skill)[:16]}}
@@ -113,7 +121,17 @@ class Table:
 
     def _way(self, way: Way, dense: LiveTextModel, rounds: int) -> None:
         folder = self.work / f"{way.level}-{way.routing}-{way.router}-{way.top_k}-{way.merged_layers}-{len(self.experts)}"
-        mix(way.file(self.experts, self.scored), folder, scorer=RouterScores(self.store), overwrite=True)
+        words = [
+            {**expert, "prompts": {"positive": [skill]}} for expert, skill in zip(self.experts, self.specialists.values(), strict=True)
+        ]
+        mix(
+            way.file(words if way.router == "a word" else self.experts, self.scored),
+            folder,
+            scorer=RouterScores(self.store),
+            overwrite=True,
+        )
+        if way.router == "text":
+            folder = self._trained(folder)
         model: Any = Mixture.load(folder, "all") if is_mixture(folder) else zoo_model(folder)
         identity = model.identity if isinstance(model, Mixture) else open_checkpoint(folder).identity
         with ScoreStore(self.store) as store:
@@ -125,6 +143,18 @@ class Table:
         names = [way.level, way.routing, way.router, str(way.top_k), str(way.merged_layers)]
         self._line(names, scores, speed(model, held, dense, self.contexts, rounds), parameters(held), sum(sizes))
 
+    def _trained(self, folder: Path) -> Path:
+        """The mixture after four epochs of the proxy items."""
+        lines = [
+            json.dumps({"prompt": row["prompt"], "response": f" {answer_of(row)}\n"})
+            for skill in self.specialists.values()
+            for row in map(json.loads, (self.include / "data" / skill / "proxy.jsonl").read_text(encoding="utf-8").splitlines())
+        ]
+        texts, out = self.work / "proxy.jsonl", folder.with_name(f"{folder.name}-trained")
+        texts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        train(str(folder), [texts], out, tensors="routers", training=TEXT, overwrite=True)
+        return out
+
     def _line(self, names: Sequence[str], scores: Scores, ratio: float | None, count: int | None, size: int | None) -> None:
         closed, low, high = share(scores, self.best, self.oracle)
         values = [f"{100 * value:.1f}" for value in scores.tasks().values()]
@@ -134,6 +164,11 @@ class Table:
             "" if count is None else f"{count / 1e6:.2f} M", "" if size is None else f"{size / 1e6:.1f}",
         ]  # fmt: skip
         print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def answer_of(row: Mapping[str, Any]) -> str:
+    """What an expert should write."""
+    return str(row["answer"] if "answer" in row else row["choices"][row["gold"]])
 
 
 def zoo_model(folder: Path) -> LiveTextModel:
