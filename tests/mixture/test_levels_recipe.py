@@ -130,6 +130,11 @@ def test_a_zoo_file_is_a_mixture_and_its_faults_stay_where_they_were_written() -
     _, recipe = read_mix(document)
     assert [(one.model, one.name) for one in recipe.experts] == [("org/a@v1+x", "a"), ("b", "two")]
     assert (recipe.level, recipe.top_k, recipe.router.gate_mode) == ("block", 2, "random")
+    learning = "mixture: {level: block}\nrouter: {source: scores, tasks: [x], store: s, gate_mode: random}\n"
+    _, recipe = read_mix(parse_document(text + learning, "zoo.yaml"))
+    assert (recipe.router.source, recipe.router.tasks, recipe.router.store) == ("scores", ["x"], "s")
+    _, recipe = read_mix(parse_document(text + "router: {source: scores, gate_mode: random}\n", "glue.yaml"))
+    assert (recipe.router.source, recipe.router.gate_mode) == ("auto", "random")  # what glue learns from is its own matter
     with pytest.raises(RecipeError) as error:
         read_mix(parse_document(text + "mixture: {level: blok}\n", "zoo.yaml"))
     assert "zoo.yaml:5: mixture.level: is 'blok'" in str(error.value)

@@ -10,6 +10,8 @@ from modelglue.recipe import Document
 #: keys of the group `mixture` that stand at the top of a mixture's own file
 _SETTINGS = ("level", "routing", "top_k", "shared", "merged", "merged_layers", "share_io", "combine", "pack", "store", "compat", "export")
 _ROUTER = ("gate_mode", "router_layer", "temperature", "route_span", "encoder", "seed")
+#: how a router is learned: a mixture's own words, which a glue file has in part and means for itself
+_LEARNING = ("tasks", "include", "store", "source", "kind", "objective", "hidden")
 #: what a zoo knows of a model and no mixture asks for
 _BESIDE = ("scores", "dtype", "id", "alias", "revision", "adapter")
 
@@ -29,7 +31,7 @@ def from_zoo(document: Document) -> Document:
         if not isinstance(given, Mapping):
             continue
         target = made if not here else made.setdefault("router", {})
-        for key in keys:
+        for key in (*keys, *(_LEARNING if group == "router" and "tasks" in given else ())):
             if key in given:
                 target[key] = given[key]
                 trace[(*here, key)] = (document, (group, key))
