@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from modelglue.errors import MergeError, RunError, UserError
 from modelglue.recipe import Candidate, Cost, Scores
@@ -417,6 +418,9 @@ def test_one_number_per_candidate_is_enough_for_most() -> None:
         ({"objective": {"weights": {"t0": 0.0, "t1": 0.0}, "rule": "weighted"}}, "not all 0"),
         ({"options": {"trails": 5}}, "searcher 'random': got an unexpected keyword argument 'trails'"),
         ({"name": "cmaes"}, "searcher 'cmaes'; allowed are .*Did you mean 'cma'"),
+        ({"space": {"method": "ties", "parameters": {"density": "abc"}}}, "ties: density is 'abc', allowed is a number"),
+        ({"space": {"method": "ties", "parameters": {"weight": {"low": "a", "high": 1}}}}, "weight/m0 is .*allowed are .low, high."),
+        ({"space": {"method": "ties", "parameters": {"weight": {"choices": 3}}}}, "weight/m0 is .*allowed are .low, high."),
     ],
 )
 def test_settings_are_checked_first(fields: dict[str, Any], message: str) -> None:
@@ -424,6 +428,18 @@ def test_settings_are_checked_first(fields: dict[str, Any], message: str) -> Non
     with pytest.raises(UserError, match=message):
         run_study(settings(**fields), evaluator, None)
     assert evaluator.asked == []
+
+
+def test_options_of_the_wrong_kind_are_all_named() -> None:
+    options = {"trials": "abc", "sigma": float("nan"), "coarse": 1, "population": 2.5, "generations": 0, "kinship": "x"}
+    with pytest.raises(ValidationError) as caught:
+        settings(options=options)
+    text = str(caught.value)
+    assert "trials is 'abc'; allowed is a whole number from 1; sigma is nan; allowed is a number; coarse is 1" in text
+    assert "population is 2.5; allowed is a whole number from 1; generations is 0" in text
+    assert "kinship is no option of a searcher" in text
+    with pytest.raises(ValidationError, match="finite number"):
+        settings(objective={"rule": "weighted", "weights": {"t0": float("nan")}})
 
 
 # -- going on ---------------------------------------------------------------------------------------------------------------------

@@ -73,6 +73,9 @@ class MergeSpace:
         for name in self.parameters:
             if name not in known:
                 raise UserError(f"{method.id} has no parameter '{name}', but {', '.join(sorted(known))}.{did_you_mean(name, known)}")
+            value = self.parameters[name]
+            if not isinstance(value, list | Mapping) and (fault := by_name[name].fault(value)) is not None:
+                raise UserError(f"{method.id}: {name} {fault}.")
         if self.granularity != "model" and (self.layers is None or self.layers < 1):
             raise UserError(f"granularity {self.granularity} needs the number of layers.")
         if self.only_filtered and (not self.filters or self.granularity == "model"):
@@ -266,16 +269,16 @@ def _name(*parts: str) -> str:
 
 
 def _parameter(name: str, said: Any, parameter: MethodParameter) -> Parameter:
-    if isinstance(said, Mapping) and set(said) == {"choices"}:
+    if isinstance(said, Mapping) and set(said) == {"choices"} and isinstance(said["choices"], list | tuple):
         return Choice(name, tuple(said["choices"]))
-    if isinstance(said, Mapping) and {"low", "high"} <= set(said) <= {"low", "high", "log"}:
-        low, high, log = said["low"], said["high"], bool(said.get("log", False))
-    elif isinstance(said, list) and len(said) == 2 and set(said) == {True, False} and parameter.type is bool:
+    if isinstance(said, list) and len(said) == 2 and set(map(str, said)) == {"True", "False"} and parameter.type is bool:
         return Bool(name)
-    elif isinstance(said, list) and len(said) == 2 and all(isinstance(end, int | float) for end in said):
-        (low, high), log = said, False
-    else:
+    ends, log = said, False
+    if isinstance(said, Mapping) and {"low", "high"} <= set(said) <= {"low", "high", "log"}:
+        ends, log = [said["low"], said["high"]], bool(said.get("log", False))
+    if not (isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)):
         raise UserError(f"{name} is {said!r}; allowed are [low, high], {{low, high, log}}, {{choices: [...]}} and a fixed value.")
+    low, high = ends
     for end in (low, high):
         if (fault := parameter.fault(end)) is not None:
             raise UserError(f"{name} is searched from {low:g} to {high:g}: {parameter.name} {fault}.")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from modelglue.errors import UserError, did_you_mean
 from modelglue.recipe.genome import GenomeDefinition
@@ -32,7 +33,7 @@ from modelglue.search.tpe import TpeSearch
 class Group(BaseModel):
     """A frozen group of settings in which an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SpaceSettings(Group):
@@ -47,12 +48,40 @@ class SpaceSettings(Group):
     """mergekit-evolve's genome, which then says all of this."""
 
 
+#: options of searchers that are numbers, whoever has them: the least that is allowed
+_COUNTS: Mapping[str, int] = {
+    "trials": 1, "parameter_trials": 1, "population": 1, "generations": 1, "points": 1, "steps": 1, "repeats": 1, "max_layers": 1, "k": 1,
+    "patience": 1, "startup": 0, "verify": 0, "least": 0, "seed": 0,
+}  # fmt: skip
+_NUMBERS, _FLAGS = ("sigma", "delta", "stop_kinship"), ("explore", "free_zero", "coarse", "allow_negative")
+#: what searchers are given by others
+_GIVEN = ("start", "kinship", "link", "variation", "recipes", "decoder", "depths", "members", "base", "similarity_to")
+
+
 class SearcherSettings(BaseModel):
     """The method of search by name, and its options (trials, population, ...)."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str = "cma"
+
+    @model_validator(mode="after")
+    def _options_are_of_their_kinds(self) -> SearcherSettings:
+        """What else options must be, the searcher that has them says."""
+        faults = []
+        for name, value in self.options.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if name in _COUNTS and value is not None and not (number and isinstance(value, int) and value >= _COUNTS[name]):
+                faults.append(f"{name} is {value!r}; allowed is a whole number from {_COUNTS[name]}")
+            elif name in _NUMBERS and not number:
+                faults.append(f"{name} is {value!r}; allowed is a number")
+            elif name in _FLAGS and not isinstance(value, bool):
+                faults.append(f"{name} is {value!r}; allowed are true and false")
+            elif name in _GIVEN:
+                faults.append(f"{name} is no option of a searcher. Leave it out")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
 
     @property
     def options(self) -> dict[str, Any]:
