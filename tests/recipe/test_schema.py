@@ -18,8 +18,8 @@ from modelglue.recipe.schema import Dtype, Entry
 from tests.recipe.on_disk import write_recipe
 
 KEYS = (
-    "format, method, base, models, slices, modules, hops, into, parameters, seed, dtype, tokenizer, chat_template, vocabulary_mismatch, missing, "
-    "shape_mismatch, allow_mixed"
+    "format, method, base, models, slices, modules, hops, into, parameters, seed, dtype, tokenizer, chat_template, vocabulary_mismatch, "
+    "missing, shape_mismatch, allow_mixed"
 )
 SOURCE = "model, part, architecture, layers"
 NO_PARAMETER = "is no parameter of linear. Did you mean"

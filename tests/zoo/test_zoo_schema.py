@@ -45,7 +45,7 @@ def test_every_field_and_every_default(tmp_path: Path) -> None:
     assert a.model_dump() == {
         "id": "org/model-a", "alias": "a", "revision": "main", "adapter": None, "dtype": "bfloat16",
         "domain": ["chat", "code"],
-        "prompts": {"positive": ["hello"], "negative": ["bye"]}, "scores": {"arc": 0.55},
+        "prompts": {"positive": ["hello"], "negative": ["bye"]}, "prompts_from": None, "scores": {"arc": 0.55},
     }  # fmt: skip
     assert b == ZooModel(id="./models/b/", alias="b")
     assert (b.domain, b.prompts, b.scores, b.revision) == ([], None, {}, None)

@@ -44,7 +44,7 @@ def beam_search(
         )
 
     def scored(total: float, length: int) -> float:
-        return total / max(length, 1) ** length_penalty
+        return float(total / max(length, 1) ** length_penalty)
 
     finished: list[Hypothesis] = []
     beams: list[tuple[list[int], float]] = [([], 0.0)]
