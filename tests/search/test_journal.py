@@ -11,7 +11,9 @@ import pytest
 
 from modelglue.errors import RunError, UserError
 from modelglue.recipe import Cost, Scores
-from modelglue.search.journal import Asked, Journal, ReplayError
+from modelglue.search import recorded, warm_start
+from modelglue.search.journal import Asked, Journal, NotBegunError, ReplayError
+from modelglue.search.run import JOURNAL, read_settings
 
 ROW = Asked(0, 0, "child", "key", "{}", '{"x": 1}', "[]")
 SCORES = Scores({"t": {"a": 1.0, "b": 0.1 + 0.2}}, ("careful",), "ok", {"t": {"a": 0.5}}, Cost(2, 30, 2, 0.25))
@@ -73,7 +75,8 @@ def test_another_candidate_or_event_in_the_same_place_is_refused() -> None:
 
 
 def test_a_second_process_waits_outside(tmp_path: Path) -> None:
-    with Journal(tmp_path / "s"):
+    with Journal(tmp_path / "s") as writer:
+        writer.describe({"settings": {}})
         with pytest.raises(UserError, match="another process is running this search"):
             Journal(tmp_path / "s")
         with Journal(tmp_path / "s", read_only=True) as reader:
@@ -150,3 +153,15 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be made"):
         Journal(tmp_path / "file" / "search.sqlite")
+
+
+def test_a_search_that_ended_before_it_was_written_down_has_not_begun(tmp_path: Path) -> None:
+    with Journal(tmp_path / JOURNAL):
+        pass
+    for read in (read_settings, recorded, warm_start):
+        with pytest.raises(NotBegunError, match="made ready here and did not begin"):
+            read(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / JOURNAL).touch()
+    with pytest.raises(NotBegunError):
+        read_settings(tmp_path / "other")

@@ -91,7 +91,10 @@ def to_tensorboard(report: SearchReport, folder: str | Path) -> int:
         values = {"value": row["value"], "best": row["best"], "items": row["items"], **{f"task/{k}": v for k, v in row["tasks"].items()}}
         points.append((row["id"], {f"search/{tag}": float(value) for tag, value in values.items() if value is not None}))
     place = Path(folder) / EVENTS
-    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made a folder ({error.strerror}). Choose another one, where you may write.") from error
     write_bytes_atomic(place, event_file(points, time.time()))
     return sum(len(values) for _, values in points)
 

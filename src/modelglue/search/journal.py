@@ -55,6 +55,10 @@ class ReplayError(UserError):
     """A search that goes on asks for something else than it did: another version of a library, or another evaluator."""
 
 
+class NotBegunError(UserError):
+    """No search has begun in this file; a process may have ended between making it and writing down what is searched."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """A row of `candidate`."""
@@ -84,7 +88,7 @@ class Journal:
         try:
             if read_only:
                 if path is None or not path.is_file():
-                    raise UserError(f"{path}: there is no search. Run one first.")
+                    raise NotBegunError(f"{path}: there is no search. Run one first.")
                 self._connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_PATIENCE)
             else:
                 self._connection = sqlite3.connect(path or ":memory:", timeout=_PATIENCE)
@@ -115,6 +119,8 @@ class Journal:
                 raise UserError(
                     f"{self.path}: is damaged ({found}). It was left as it is; restore it from a copy, or choose another folder."
                 )
+        if read_only and not (tables and self.run()):
+            raise NotBegunError(f"{self.path}: a search was made ready here and did not begin. Run it.")
         if not read_only:
             query("PRAGMA journal_mode = WAL")
             query("PRAGMA synchronous = NORMAL")

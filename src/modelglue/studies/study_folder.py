@@ -17,7 +17,7 @@ from modelglue.evaluation.members import Members
 from modelglue.evaluation.places import Place
 from modelglue.recipe import FORMAT, Candidate, interval, load_document, paired_interval, validate
 from modelglue.search import SearchReport, candidate_of, read_settings, recorded, run_study
-from modelglue.search.run import JOURNAL
+from modelglue.search.journal import NotBegunError
 from modelglue.search.study import Listener
 from modelglue.studies.bench import Bench, open_bench, open_zoo
 from modelglue.studies.facts import facts_of
@@ -89,7 +89,11 @@ def limits_of(source: SearchFile | Path) -> dict[str, float | None]:
 
 def _run(file: SearchFile, home: Path, folder: Path, place: Place, store: Path | None, on_event: Listener | None) -> Finished:
     bench = open_bench(file, home)
-    if not (folder / JOURNAL).exists() or read_settings(folder).content() == bench.settings.content():
+    try:
+        mine = read_settings(folder).content() == bench.settings.content()
+    except NotBegunError:
+        mine = True
+    if mine:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / FILE, {"home": os.path.relpath(home.resolve(), folder.resolve()), "file": file.model_dump(mode="json")})
     facts = facts_of(bench.settings, bench.checkpoints, bench.tasks["proxy"], home)
