@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from modelglue.checkpoint import SafetensorsCheckpoint
 from modelglue.checkpoint.formats import pages
 from modelglue.checkpoint.formats.pages import BLOCK, MAPPED_BYTES, keeping, touch
 from tests.checkpoint.files import write_single
+from tests.checkpoint.killing import forked, run_in_child
 
 LIMIT = MAPPED_BYTES // BLOCK
 
@@ -85,3 +88,16 @@ def test_a_model_that_is_closed_is_forgotten(tmp_path: Path) -> None:
     other = SafetensorsCheckpoint(tmp_path)
     other.read("w", 0, 10)
     assert not any(key[0] == owner for key in pages._kept)
+
+
+@forked
+def test_a_process_forked_while_another_thread_holds_the_lock_can_read(kernel: tuple[Kernel, memoryview]) -> None:
+    _, mapping = kernel
+
+    def read() -> None:
+        signal.alarm(10)  # it would wait for ever
+        touch(1, mapping, 0, 1)
+        os._exit(0)
+
+    with pages._lock:
+        assert run_in_child(read) == 0

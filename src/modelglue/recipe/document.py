@@ -252,6 +252,7 @@ _ALLOWED = {
     "string_type": "text (put quotes around it if it is meant as text)",
     "string_too_short": "text that is not empty",
     "list_type": "a list",
+    "tuple_type": "a list",
     "dict_type": "a mapping of keys to values",
     "model_type": "a mapping of keys to values",
     "int_type": "a whole number",

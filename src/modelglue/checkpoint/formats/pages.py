@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -69,10 +70,21 @@ def gone(owner: int) -> None:
 
 
 def _forget() -> None:
-    dead = set(_gone)
-    _gone.clear()
+    dead = set()
+    while _gone:  # a finaliser may add to it at any moment
+        dead.add(_gone.pop())
     for key in [key for key in _kept if key[0] in dead]:
         _drop(key)
+
+
+def _unlocked() -> None:
+    """In a forked process nobody is left who would release the lock."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlocked)
 
 
 def _let_go(keys: list[tuple[int, int]]) -> None:
