@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modelglue.checkpoint import open_checkpoint, save
+from modelglue.checkpoint import TensorsCheckpoint, open_checkpoint, save
 from modelglue.errors import CheckpointError, MergeError
+from modelglue.mixture.encoder import slim_reader
 from modelglue.mixture.exports import EXPORTS, Parts, check, choose, dense
+from modelglue.mixture.levels.members import Member
 from modelglue.models import load_live
 from tests.mixture.exporting import LLAMA3, SPARSE, Sparse, by_hand, checkpoint_of, logits, opened, random_gates, some_ids
 from tests.models.tiny import random_dense, random_model
@@ -187,6 +189,24 @@ def test_every_class_says_why_none_fits() -> None:
 def test_models_of_other_classes_are_refused_with_what_takes_them() -> None:
     with pytest.raises(CheckpointError, match=r"zoo: is of model_type 'gemma'.*Allowed are llama, mistral.*level model"):
         dense(checkpoint_of(random_model("gemma")), "zoo")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 10**9}, r"zoo: its config claims 1,000,000,000 layers, but it has only \d+ tensors"),
+        ({"model_type": ["llama"]}, r"zoo: is of model_type \['llama'\]"),
+    ],
+)
+def test_hostile_configs(changes: dict[str, Any], said: str) -> None:
+    good = checkpoint_of(random_dense("llama", 0))
+    hostile = TensorsCheckpoint({name: good.tensor(name) for name in good.names()}, {**good.config, **changes})
+    with pytest.raises(CheckpointError, match=said):
+        dense(hostile, "zoo")
+    with pytest.raises(CheckpointError, match=r"claims 1,000,000,000 layers|cannot build model_type"):
+        Member("zoo", hostile).model  # noqa: B018
+    with pytest.raises(CheckpointError, match=r"claims 1,000,000,000 layers|cannot build model_type"):
+        slim_reader(hostile, 0)
 
 
 def test_details_without_a_place_are_refused_together() -> None:

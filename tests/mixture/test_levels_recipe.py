@@ -273,6 +273,8 @@ def test_an_interrupted_mix_leaves_nothing_and_goes_on(zoo: Path, tmp_path: Path
         ({"temperature": 0}, "'mixture.temperature' is 0; allowed is a number above 0"),
         ({"route_span": "first"}, "'mixture.route_span' is 'first'"),
         ({"backbone": "os"}, "the mixture's backbone is 'os'"),
+        ({"experts": [{"config": {}}] * 1000}, "claims 1,000 experts, but it has only"),
+        ({"router_width": 10**9}, "has no place for 'model.layers.0.router.weight'|cannot build"),
         ({"router_width": 3}, "has no place for 'model.layers.0.router.weight'"),
         ({"merged_layers": 1}, "no place for|has no place"),
     ],

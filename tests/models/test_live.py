@@ -181,6 +181,8 @@ def test_two_tensors_for_one_place_must_say_the_same(tmp_path: Path) -> None:
         ({"hidden_size": -16}, "cannot build model_type 'llama'"),
         ({"hidden_act": "no-such-activation"}, "cannot build model_type 'llama'"),
         ({"num_hidden_layers": "two"}, "cannot build model_type 'llama'"),
+        ({"text_config": {"n_layer": 10**9}}, "claims 1,000,000,000 layers, but it has only 21 tensors"),
+        ({"experts": [{}] * 22}, "claims 22 experts, but it has only 21 tensors"),
         ({"num_hidden_layers": 10**9}, "claims 1,000,000,000 layers, but it has only 21 tensors"),
         ({"vocab_size": 10**15}, "cannot build model_type 'llama' from its config: .*allocate"),
         ({"num_hidden_layers": 1}, "has no place for 'model.layers.1."),

@@ -7,6 +7,7 @@ from typing import Any
 from modelglue.checkpoint import Checkpoint
 from modelglue.mixture.router import Reader
 from modelglue.models import load_tokenizer, roles_of
+from modelglue.models.build import check_claims
 from modelglue.models.mapped import load_mapped
 
 
@@ -17,6 +18,7 @@ def slim_reader(checkpoint: Checkpoint, layer: int) -> Reader:
     """
     import torch
 
+    check_claims(checkpoint, repr(checkpoint))
     roles = roles_of(checkpoint.config)
     above = tuple(f"{roles.layers}.{number}." for number in range(layer, roles.count))
     head = () if roles.head is None or roles.tied else (f"{roles.head}.",)

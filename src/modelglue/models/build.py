@@ -5,9 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelglue.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from modelglue.checkpoint import Checkpoint
+
+#: what configs call a number of layers
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def check_claims(checkpoint: Checkpoint, label: str) -> None:
+    """CheckpointError where a config, or one inside it, claims more layers or experts than there are tensors: they would take for ever."""
+    tensors = len(checkpoint.names())
+    configs = [checkpoint.config]
+    while configs:
+        for key, value in configs.pop().items():
+            inside = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, Mapping)]
+            count = value if key in _LAYERS and isinstance(value, int) else len(inside)
+            if count > tensors:
+                what = "layers" if key in _LAYERS else key
+                raise CheckpointError(f"{label}: its config claims {count:,} {what}, but it has only {tensors:,} tensors.")
+            configs += inside
 
 
 def empty_model(config: Mapping[str, Any], label: str, *, meta: bool = False, dtype: str = "float32") -> Any:

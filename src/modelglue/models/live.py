@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from modelglue.checkpoint import Checkpoint, file_bytes, file_place
 from modelglue.checkpoint.engine.workers import keep_freed_memory, single_thread
 from modelglue.errors import CheckpointError
-from modelglue.models.build import empty_model
+from modelglue.models.build import check_claims, empty_model
 from modelglue.models.names import Step, loading_steps, some, uncovered
 from modelglue.settings import CHUNK_ELEMENTS
 
@@ -106,12 +106,9 @@ def _end_ids(checkpoint: Checkpoint) -> int | list[int] | None:
 
 
 def empty_for(checkpoint: Checkpoint, *, meta: bool = False, dtype: str = "float32") -> Any:
-    """The `empty_model` of a checkpoint's config. CheckpointError where the config claims more layers than there are tensors."""
-    config, tensors = checkpoint.config, len(checkpoint.names())
-    layers = config.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > tensors:  # building them would take for ever
-        raise CheckpointError(f"{checkpoint!r}: its config claims {layers:,} layers, but it has only {tensors:,} tensors.")
-    return empty_model(config, repr(checkpoint), meta=meta, dtype=dtype)
+    """The `empty_model` of a checkpoint's config. CheckpointError where the config claims more than there are tensors for."""
+    check_claims(checkpoint, repr(checkpoint))
+    return empty_model(checkpoint.config, repr(checkpoint), meta=meta, dtype=dtype)
 
 
 def fitting_steps(checkpoint: Checkpoint, model: Any) -> list[Step]:

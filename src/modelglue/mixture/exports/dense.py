@@ -15,6 +15,7 @@ from typing import Any
 from modelglue.checkpoint import Checkpoint, RenamedCheckpoint, SideFile
 from modelglue.errors import CheckpointError
 from modelglue.mixture.exports.pieced import Piece, PiecedCheckpoint, rows_of, whole
+from modelglue.models.build import check_claims
 
 #: model types whose parts mean what Llama's mean, by what their mixtures have in common
 FAMILIES: Mapping[str, str] = {"llama": "llama", "mistral": "llama", "phi3": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "olmo2": "olmo2"}
@@ -114,11 +115,12 @@ def dense(checkpoint: Checkpoint, label: str) -> Dense:
     CheckpointError, all faults together, for a class or a detail that none of transformers' sparse classes has a place for.
     """
     kind = checkpoint.config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise CheckpointError(
             f"{label}: is of model_type {kind!r}; no class of transformers holds its feed-forward networks as experts. "
             f"Allowed are {', '.join(FAMILIES)}; {OTHERWISE}."
         )
+    check_claims(checkpoint, label)
     facts = _facts(checkpoint, label)
     canonical = _with_names_of_llama(checkpoint, facts)
     rows = canonical.info(_OUTSIDE[0]).shape[0] if _OUTSIDE[0] in canonical.names() else 0

@@ -11,7 +11,7 @@ from modelglue.checkpoint import Checkpoint
 from modelglue.checkpoint.vocabulary.tokens import vocabulary
 from modelglue.errors import CheckpointError
 from modelglue.models import Roles
-from modelglue.models.build import empty_model
+from modelglue.models.build import check_claims, empty_model
 from modelglue.models.names import loading_steps, some
 from modelglue.models.roles import roles_of_model
 
@@ -36,6 +36,7 @@ class Member:
         config = self.checkpoint.config
         if "auto_map" in config:
             raise CheckpointError(f"{self.label} needs modelling code of its own (auto_map), which can be no part of another model")
+        check_claims(self.checkpoint, self.label)
         return empty_model(config, self.label, meta=True)
 
     @property

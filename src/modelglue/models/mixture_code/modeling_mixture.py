@@ -35,7 +35,9 @@ class Router(nn.Module):
         super().__init__()
         steps = {"": (experts, width)} if inner is None else {"up_": (inner, width), "down_": (experts, inner)}
         for name, shape in steps.items():
-            self.register_parameter(f"{name}weight", nn.Parameter(torch.empty(shape).normal_(std=0.02)))
+            weight = nn.Parameter(torch.empty(shape))
+            nn.init.normal_(weight, std=0.02)  # which whoever loads weights can leave out
+            self.register_parameter(f"{name}weight", weight)
             self.register_parameter(f"{name}bias", nn.Parameter(torch.zeros(shape[0])) if bias else None)
 
     def forward(self, states: Tensor) -> Tensor:
