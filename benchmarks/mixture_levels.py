@@ -48,6 +48,7 @@ class Way:
     """One row: a file for `modelglue mix`, in words."""
 
     level: str
+    """As in the file; `share_io`: the level model with one embedding and head, and one decision at the first layer."""
     routing: str
     router: str
     top_k: int = 1
@@ -55,6 +56,8 @@ class Way:
 
     def file(self, experts: Sequence[Mapping[str, Any]], scored: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {"level": self.level, "routing": self.routing, "top_k": self.top_k, "experts": list(experts)}
+        if self.level == "share_io":
+            found |= {"level": "model", "share_io": True}
         if self.merged_layers:
             found["merged_layers"] = self.merged_layers
         if self.router == "text":
@@ -72,6 +75,7 @@ def ways() -> Iterator[Way]:
         for router in routers:
             for top_k in (1,) if router in ("a word", "text") else (1, 2):
                 yield Way(level, routing, router, top_k)
+    yield from (Way("share_io", "sample", router) for router in ("prompts", "scores"))
     yield Way("ffn", "token", "prompts", 1, 4)
     yield Way("ffn", "token", "prompts", 2, 4)
     yield Way("ffn", "sample", "prompts", 1, 4)
