@@ -85,6 +85,13 @@ def test_folds_are_even_in_every_task_and_do_not_depend_on_order(tasks: list[str
         assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize("each", [1, 2, 3])
+def test_many_tasks_of_few_items_are_in_all_folds(each: int) -> None:
+    made = items_of(*[(f"task {number // each}", "", (number % 2, 1 - number % 2)) for number in range(24 * each)])
+    sizes = made.folds(5, 0).bincount(minlength=5).tolist()
+    assert max(sizes) - min(sizes) <= 1
+
+
 # -- fitting ----------------------------------------------------------------------------------------------------------------------
 
 

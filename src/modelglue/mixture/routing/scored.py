@@ -97,14 +97,18 @@ class ScoredItems:
         return torch.tensor([1 / (counts[item.task] * len(counts)) for item in self.items], dtype=torch.float64)
 
     def folds(self, count: int, seed: int) -> torch.Tensor:
-        """[items], int64: the fold of each item. Every task is spread over all folds; the order of the items changes nothing."""
+        """[items], int64: the fold of each item. Every task is spread over all folds, and tasks with fewer items than folds go on where
+        the one before them ended, so that no fold has them all; the order of the items changes nothing."""
         import torch
 
         found = torch.empty(len(self.items), dtype=torch.int64)
-        for task in self.tasks:
+        start = 0
+        for task in sorted(self.tasks):
             places = [place for place, item in enumerate(self.items) if item.task == task]
             places.sort(key=lambda place: hashlib.sha256(f"{seed} {task} {self.items[place].id}".encode()).digest())
-            found[places] = torch.arange(len(places)) % count
+            small = len(places) < count
+            found[places] = (torch.arange(len(places)) + start * small) % count
+            start += len(places) * small
         return found
 
     def outcome(self, choices: Sequence[int]) -> Scores:
