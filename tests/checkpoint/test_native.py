@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from modelglue.checkpoint import MergedCheckpoint, TensorsCheckpoint
 from modelglue.checkpoint.engine import native
+from modelglue.checkpoint.engine.arithmetic import Engine
 from modelglue.errors import MergeError
 from modelglue.methods import get
 from modelglue.methods._task_vectors import add_scaled, weighted_sum
@@ -201,6 +202,22 @@ def test_a_merge_has_the_same_bits_by_torch_into_a_place_and_from_wider_inputs(
     if dtype != torch.float64:
         wide = merge_of([tensor.float() for tensor in tensors], method, with_base, shared)
         assert torch.equal(plain, wide.read("w", 5, 239_995).to(dtype).float())
+
+
+@needs_compiler
+def test_what_a_merge_surveys_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of a survey are taken in one thread on the way into a place too: several would add in another order."""
+    made = merge_of([values(seed, 240_000, torch.float32, 0.0) for seed in range(4)], "karcher", False, {})
+    threads: list[int] = []
+    reduced = Engine._reduce
+    monkeypatch.setattr(Engine, "_reduce", lambda *given: threads.append(torch.get_num_threads()) or reduced(*given))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        made.read("w", out=torch.zeros(240_000))
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1]
 
 
 @needs_compiler

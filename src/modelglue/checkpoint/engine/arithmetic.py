@@ -167,7 +167,8 @@ class Engine:
             return False
         if not native.ready((stop - start) * (len(job.members_of(name)) + (job.base is not None))):
             return False
-        survey = self._survey(name)
+        with single_thread():
+            survey = self._survey(name)
         models, base, _ = self._inputs(name, start, stop, None, raw=True, check=False)
         return native.lands(
             lambda: job.method.merge(models, base, None, survey, start, job.parameters_of(name)), out, torch_dtype(job.outputs[name].dtype)
