@@ -104,7 +104,10 @@ class Mixture:
         manifest, gate = read_manifest(directory)
         experts = [(f"expert '{expert.name}'", expert.reference, expert.identity) for expert in manifest.experts]
         for what, reference, identity in [*experts, ("encoder", manifest.encoder, manifest.encoder_identity)]:
-            found = open_checkpoint(reference, relative_to=directory).identity
+            try:
+                found = open_checkpoint(reference, relative_to=directory).identity
+            except UserError as error:
+                raise CheckpointError(f"{directory}: the {what} ({reference}) cannot be opened. {error}") from error
             if found != identity:
                 raise CheckpointError(
                     f"{directory}: the {what} ({reference}) has changed since the mixture was made "
