@@ -79,6 +79,17 @@ def test_keys_that_are_none(run: Run, model: Path, tmp_path: Path, content: str)
     assert (result.code, "holds no key" in result.err) == (2, True)
 
 
+def test_the_variables_key_is_taken_as_a_files_is(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str | None] = []
+    monkeypatch.setattr("modelglue.serve.run.serve", lambda *_, api_key, **__: taken.append(api_key))
+    for value in ("secret\n", ""):
+        monkeypatch.setenv("MODELGLUE_API_KEY", value)
+        assert run("serve", model).code == 0
+    assert taken == ["secret", None]
+    monkeypatch.setenv("MODELGLUE_API_KEY", "two words")
+    assert run("serve", model).err == "error: MODELGLUE_API_KEY: holds no key; allowed is one line of letters, digits and signs.\n"
+
+
 @pytest.mark.parametrize("missing", ["uvicorn", "starlette"])
 def test_without_the_extra_the_message_names_it(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setitem(sys.modules, missing, None)

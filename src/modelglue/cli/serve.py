@@ -93,17 +93,18 @@ def serve(
 
 
 def _key(file: Path | None) -> str | None:
-    """The key of the file, else of the environment; UserError for an empty one."""
+    """The key of the file, else of the environment (an empty variable is none); UserError for what no client could send."""
     from modelglue.errors import UserError
 
-    if file is None:
-        return os.environ.get("MODELGLUE_API_KEY") or None
+    variable = "MODELGLUE_API_KEY"
+    if file is None and not os.environ.get(variable):
+        return None
     try:
-        key = file.read_text(encoding="utf-8").strip()
+        key = (os.environ[variable] if file is None else file.read_text(encoding="utf-8")).strip()
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}). Give a file with one key.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: is no text ({error.reason}). Give a file with one key.") from error
     if not key or not key.isascii() or len(key.split()) > 1:
-        raise UserError(f"{file}: holds no key; allowed is one line of letters, digits and signs.")
+        raise UserError(f"{variable if file is None else file}: holds no key; allowed is one line of letters, digits and signs.")
     return key
