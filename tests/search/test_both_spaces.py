@@ -51,6 +51,8 @@ def test_a_member_that_no_merge_beat_is_the_start() -> None:
     start = first_of([outcome(Candidate.single("larger"), 0.6), outcome(BLEND, 0.5)])
     assert {hop["model"] for hop in start.recipe["hops"]} == {"larger"}
     assert start.recipe["base"] == "larger"
+    start = first_of([outcome(Candidate.single("base"), 0.9), outcome(Candidate.single("larger"), 0.6)])
+    assert start.recipe["base"] == "larger", "a merge without any member is the base, whose layers are not searched"
     with pytest.raises(UserError, match="no merge could be scored"):
         first_of([outcome(BLEND, -math.inf)])
 

@@ -151,7 +151,8 @@ def after_parameters(outcomes: Sequence[Outcome], depths: Mapping[str, int], **o
 
     As the paper chains the two. The merge is stored as it would be written. UserError if nothing could be scored.
     """
-    best = next((outcome.proposal.candidate for outcome in ranked(outcomes)), None)
+    candidates = (outcome.proposal.candidate for outcome in ranked(outcomes))
+    best = next((one for one in candidates if one is not None and one.members[0] in depths), None)  # the base alone is no member
     if best is None:
         raise UserError("no merge could be scored, so there is none to continue with in data-flow space.")
     if best.alone is not None:
