@@ -217,6 +217,7 @@ def test_rows_of_texts(tmp_path: Path) -> None:
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert rows_of([{"text": "ab"}], tokenizer) == [Row((), (begin, a, b, end))]
     assert rows_of([{"prompt": "abc", "response": "d"}], tokenizer, length=4) == [Row((begin, c), (d, end))]
+    assert rows_of([{"prompt": "abc", "response": "d"}], tokenizer, length=2) == [Row((begin,), (d,))]  # no room for any of the prompt
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "ab", "response": "c", "source": "x"}\n\n{"prompt": "a", "response": "d"}\n')
     assert read_rows(path, tokenizer) == [Row((begin, a, b), (c, end)), Row((begin, a), (d, end))]

@@ -76,7 +76,8 @@ def rows_of(records: Iterable[Mapping[str, str]], tokenizer: Any, *, length: int
         else:
             response = (*ids(record["response"]), *tail)[: length // 2]
             room = length - len(response) - len(head)
-            rows.append(Row((*head, *ids(record["prompt"])[-room:]), response))
+            prompt = ids(record["prompt"])
+            rows.append(Row((*head, *prompt[max(len(prompt) - room, 0) :]), response))
     return rows
 
 
