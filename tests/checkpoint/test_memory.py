@@ -110,8 +110,13 @@ def test_model_on_disk_costs_the_pages_that_it_maps(tmp_path: Path) -> None:
 
 def test_what_is_left_keeps_pages_mapped(tmp_path: Path) -> None:
     """Up to 128 MiB a worker, and never beyond the limit."""
-    merged = merge_of(write_zoo(tmp_path / "zoo"), "linear")
-    assert divide(merged, memory=None, workers=2, fixed_workers=False).mapped == 2**27
+    zoo = write_zoo(tmp_path / "zoo")
+    once, merged = merge_of(zoo, "linear"), merge_of(zoo, "ties")
+    assert divide(once, memory=None, workers=2, fixed_workers=False).mapped == 0, "nothing is read again"
+    for twice in (merged, JoinedCheckpoint({"x.": RenamedCheckpoint(merged, {name: name for name in merged.names()}), "y.": once})):
+        assert divide(twice, memory=None, workers=2, fixed_workers=False).mapped == 2**27
+    outer = MergedCheckpoint(get("linear"), [merged, once], parameters={"weight": [0.5, 0.5], "normalize": True})
+    assert divide(outer, memory=None, workers=2, fixed_workers=False).mapped == 2**27
     tight = divide(merged, memory=PROCESS_BYTES + 2 * 100_000_000, workers=2, fixed_workers=False)
     need = 100_000_000 - tight.mapped
     assert tight.workers == 2

@@ -155,6 +155,10 @@ class Checkpoint(ABC):
         """Whether reading this tensor costs arithmetic; who reads it more than once then keeps what it read."""
         return False
 
+    def reads_twice(self, name: str) -> bool:
+        """Whether what this tensor is made of is read more than once: then pages of the inputs are worth keeping."""
+        return False
+
     def working_bytes(self, name: str, elements: int) -> int:
         """About how much private memory reading `elements` of this tensor at a time takes, beside what comes out of it.
 

@@ -59,6 +59,9 @@ class RenamedCheckpoint(Checkpoint):
     def computed(self, name: str) -> bool:
         return self._source.computed(self._find(name))
 
+    def reads_twice(self, name: str) -> bool:
+        return self._source.reads_twice(self._find(name))
+
     def working_bytes(self, name: str, elements: int) -> int:
         return self._source.working_bytes(self._find(name), elements)
 
@@ -162,6 +165,10 @@ class JoinedCheckpoint(Checkpoint):
     def computed(self, name: str) -> bool:
         part, old = self._find(name)
         return part.computed(old)
+
+    def reads_twice(self, name: str) -> bool:
+        part, old = self._find(name)
+        return part.reads_twice(old)
 
     def working_bytes(self, name: str, elements: int) -> int:
         part, old = self._find(name)

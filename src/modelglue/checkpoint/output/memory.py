@@ -25,7 +25,7 @@ _MAPPED_MOST = 2**27
 @dataclass(frozen=True)
 class Division:
     """Workers and elements of a chunk; the bytes that tasks in work may take together, the unit of `cost`; and the bytes of the inputs that
-    each worker may keep mapped, because nothing else needs them.
+    each worker may keep mapped, because they are read again and nothing else needs the memory.
     """
 
     workers: int
@@ -63,7 +63,8 @@ def divide(checkpoint: Checkpoint, *, memory: int | None, workers: int, fixed_wo
     usual = WORKER_BYTES + _median(checkpoint, names, sizes[best])
     affordable = max((limit - PROCESS_BYTES) // usual, 1)
     kept = workers if memory is None and fixed_workers else min(workers, affordable)
-    spare = (limit - PROCESS_BYTES) // kept - needs[best]
+    again = any(checkpoint.reads_twice(name) for name in names)
+    spare = (limit - PROCESS_BYTES) // kept - needs[best] if again else 0
     return Division(kept, sizes[best], max(limit - PROCESS_BYTES, needs[best]), min(max(spare, 0), _MAPPED_MOST))
 
 
