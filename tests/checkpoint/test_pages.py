@@ -67,6 +67,16 @@ def test_what_was_read_last_is_kept(kernel: tuple[Kernel, memoryview], reads: li
             assert bool(gone) == (len(gone) + len(order) > LIMIT + more)
 
 
+def test_a_read_beyond_the_limit_goes_with_the_next(kernel: tuple[Kernel, memoryview]) -> None:
+    system, mapping = kernel
+    touch(1, mapping, 0, 30 * BLOCK)
+    assert system.went == [], "nothing of it is there yet"
+    touch(1, mapping, 35 * BLOCK, BLOCK)
+    assert system.went == list(range(31 - LIMIT))
+    touch(1, mapping, 36 * BLOCK, BLOCK)
+    assert system.went == [*range(30), 35]
+
+
 def test_every_model_has_its_share_while_it_lives(kernel: tuple[Kernel, memoryview]) -> None:
     system, mapping = kernel
     for block in range(LIMIT):

@@ -60,8 +60,9 @@ def touch(owner: int, mapping: memoryview, offset: int, size: int) -> None:
                 _owned[owner] += 1
             _kept[key] = mapping
         over = len(_kept) - (len(_owned) * MAPPED_BYTES + _more) // BLOCK
-        if over > 0:
-            _let_go(list(islice(_kept, max(over, _STEP))))
+        if over > 0:  # what is about to be read stays in the list, however much it is: letting go of it now would be too early
+            before = len(_kept) - ((offset + size - 1) // BLOCK + 1 - offset // BLOCK)
+            _let_go(list(islice(_kept, min(max(over, _STEP), before))))
 
 
 def gone(owner: int) -> None:
