@@ -262,9 +262,7 @@ class MergedCheckpoint(Checkpoint):
         return name in self._job.merged
 
     def reads_twice(self, name: str) -> bool:
-        job = self._job
-        inputs = [*(job.models[position] for position in job.members_of(name)), *([job.base] if job.base is not None else [])]
-        return bool(job.rounds(name)) or any(checkpoint.reads_twice(name) for checkpoint in inputs)
+        return bool(self._job.rounds(name)) or any(checkpoint.reads_twice(name) for checkpoint in self._job.inputs_of(name))
 
     def working_bytes(self, name: str, elements: int) -> int:
         return self._engine.working_bytes(name, elements)

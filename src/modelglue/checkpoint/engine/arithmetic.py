@@ -58,6 +58,10 @@ class Job:
     def members_of(self, name: str) -> Sequence[int]:
         return self.members.get(name, range(len(self.models)))
 
+    def inputs_of(self, name: str) -> list[Checkpoint]:
+        """What a tensor is read from: the models that take part in it, and the base last."""
+        return [*(self.models[position] for position in self.members_of(name)), *([self.base] if self.base is not None else [])]
+
     def parameters_of(self, name: str) -> Mapping[str, Any]:
         """Resolved values for one output tensor: a number per global parameter, a list with one value per member."""
         values = self.parameters.for_tensor(name)
@@ -128,7 +132,7 @@ class Engine:
         a few temporaries; a method that needs a whole matrix holds every input's and three more.
         """
         job, info = self._job, self._job.outputs[name]
-        inputs = [*(job.models[position] for position in job.members_of(name)), *([job.base] if job.base is not None else [])]
+        inputs = job.inputs_of(name)
         below = sum(checkpoint.working_bytes(name, elements) for checkpoint in inputs)
         if name not in job.merged:
             return below
@@ -165,7 +169,7 @@ class Engine:
         job = self._job
         if stop <= start or name not in job.merged or not self._raw(name) or device.current() is not None:
             return False
-        if not native.ready((stop - start) * (len(job.members_of(name)) + (job.base is not None))):
+        if not native.ready((stop - start) * len(job.inputs_of(name))):
             return False
         with single_thread():
             survey = self._survey(name)
@@ -208,8 +212,7 @@ class Engine:
 
     def _dtypes_of(self, name: str) -> tuple[str, ...]:
         if name not in self._dtypes:
-            job = self._job
-            self._dtypes[name] = tuple(one.info(name).dtype for one in [*job.models, *([job.base] if job.base is not None else [])])
+            self._dtypes[name] = tuple(one.info(name).dtype for one in self._job.inputs_of(name))
         return self._dtypes[name]
 
     def _merge_run(self, names: Sequence[str]) -> torch.Tensor:
@@ -217,7 +220,7 @@ class Engine:
 
         job = self._job
         parameters = job.parameters_of(names[0])
-        inputs = [*job.models, *([job.base] if job.base is not None else [])]
+        inputs = job.inputs_of(names[0])
         compute = torch.float64 if any(one.info(names[0]).dtype == "F64" for one in inputs) else torch.float32
         raw = getattr(job.method, "raw", False) and compute == torch.float32
         with compiled.using(self._compiled), single_thread():
@@ -264,7 +267,7 @@ class Engine:
         import torch
 
         dtype = torch_dtype(self._job.outputs[name].dtype)
-        if shape is None:
+        if self._raw(name):
             stored = torch.empty(stop - start, dtype=dtype)
             if self._landed(name, start, stop, stored):
                 return stored
@@ -445,7 +448,7 @@ class Engine:
         The file lasts until the next tensor; a survey of the whole model comes back to every tensor, so it keeps them all.
         """
         job = self._job
-        inputs = [*(job.models[position] for position in job.members_of(name)), *([job.base] if job.base is not None else [])]
+        inputs = job.inputs_of(name)
         rounds = job.rounds(name)
         if not rounds or not any(checkpoint.computed(name) for checkpoint in inputs):
             return inputs
