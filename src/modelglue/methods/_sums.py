@@ -34,10 +34,9 @@ def row_sums(values: Tensor) -> list[float]:
     return sums
 
 
-def block_dots(vectors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> list[list[float]]:
-    """Inner products of the named pairs of 1-D chunks: per pair one float64 number per block, with float64 products."""
-    blocks = [_blocks(vector.double()) for vector in vectors]
-    return [[float(a.dot(b)) for a, b in zip(blocks[i], blocks[j], strict=True)] for i, j in pairs]
+def block_squares(vectors: Sequence[Tensor]) -> list[list[float]]:
+    """Squared lengths of 1-D chunks: per chunk one float64 number per block, with float64 products."""
+    return [[float(block.dot(block)) for block in _blocks(vector.double())] for vector in vectors]
 
 
 def block_grams(models: Sequence[Tensor], base: Tensor | None, *, quick: bool) -> list[list[float]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from modelglue.methods._order_statistics import Selection
 from modelglue.methods._selection import Cuts, cut_rounds
-from modelglue.methods._sums import block_dots, total
+from modelglue.methods._sums import block_squares, total
 from modelglue.methods.registry import Range, Round, method
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _energies(models: Any, base: Any, uniform: Any, known: Any, start: int, para
             kept = _above(variance[a:b], cuts.thresholds(start + a)[0])
             for delta in deltas:
                 delta[a:b] *= kept
-    return block_dots(deltas, [(i, i) for i in range(len(deltas))])
+    return block_squares(deltas)
 
 
 def _weights(partials: Sequence[Any], known: Any, numel: int, parameters: Mapping[str, Any]) -> list[float]:
